@@ -1,0 +1,44 @@
+# Every command makes the virtual environment it needs: `make train` and `make test` work on a fresh clone.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# without an NVIDIA driver a pinned torch spares gigabytes of CUDA libraries; with one, the newest that fits
+TORCH := $(if $(wildcard /proc/driver/nvidia/version /dev/nvidiactl /dev/dxg),,torch==2.13.0)
+TRAIN_ARGS ?=
+PART ?= all
+
+.DEFAULT_GOAL := help
+.PHONY: help train test bench gpu check format clean
+
+help: ## list the commands
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) --editable '.[dev]'
+	@touch $@
+
+train: $(STAMP) ## train a VAE on the embedded images and show where the results are
+	$(BIN)/fastvae train $(TRAIN_ARGS)
+
+check: $(STAMP) ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# the interpreter and the compiler cannot share a process: Triton decorates its own functions for one or the other on import
+test: check ## everything that CI runs
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not gpu and not compiled"
+	$(BIN)/python -m pytest -m compiled
+	$(BIN)/python -m pytest benchmarks --benchmark-disable --quiet
+
+bench: $(STAMP) ## time fastvae against its peers on this machine
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+format: $(STAMP) ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove what the other commands made (runs/ is yours and stays)
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .benchmarks .hypothesis
