@@ -1,0 +1,14 @@
+"""fastvae: sampling and loss of variational autoencoders at the cost of a copy."""
+
+from ._backend import set_backend as set_backend
+from ._backend import use_backend as use_backend
+from .functional import VAELossTerms as VAELossTerms
+from .functional import gaussian_kl as gaussian_kl
+from .functional import philox_normal as philox_normal
+from .functional import reconstruction_loss as reconstruction_loss
+from .functional import reparameterize as reparameterize
+from .functional import reparameterize_kl as reparameterize_kl
+from .functional import vae_loss as vae_loss
+from .loss import VAELoss as VAELoss
+
+__version__ = "0.1.0"

@@ -1,0 +1,203 @@
+"""The training loss in passes over cache-sized pieces: what the kernel of this name does, for any device.
+
+On a CPU the cost of a loss is the memory it walks over, fresh pages above all. So the difference is taken piece by
+piece, squared and summed while it is in the cache, and scaled into the gradient on the way.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .._options import ElboOptions
+from ..reference import BYTE_SCALE, compute_dtype
+from .gaussian import clamped, kl_per_sample, rows
+
+_PIECE = 1 << 18  # elements: a float32 piece and its squares fit the second-level cache, 1 us a call is noise beside it
+
+Coefficient = float | Tensor
+
+
+def elbo_fwd(
+    recon: Tensor | None,
+    target: Tensor | None,
+    mu: Tensor | None,
+    logvar: Tensor | None,
+    kl: Tensor | None,
+    drecon: Tensor | None,
+    options: ElboOptions,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return (loss, recon term, KL term, weights); write recon_weight * d(recon term)/d(recon) to `drecon` if it is
+    given.
+
+    weights: a snapshot of (recon_weight, beta) if one of them is a tensor, which may change before the backward pass.
+    """
+    given = [t for t in (recon, target, mu, logvar, kl) if t is not None]
+    zero = torch.zeros((), dtype=compute_dtype(*given), device=given[0].device)
+    recon_term = kl_term = zero
+    if recon is not None and target is not None:
+        scale = None if drecon is None else 2.0 * options.recon_scale * _number(options.recon_weight)
+        recon_term = _squared_error(recon, target, drecon, scale, per_sample=options.per_sample) * options.recon_scale
+    if kl is None and mu is not None and logvar is not None:
+        dtype = compute_dtype(mu, logvar)
+        logvar = clamped(logvar.to(dtype), options.logvar_clamp)
+        kl = kl_per_sample(mu.to(dtype), logvar, torch.expm1(logvar))
+    if kl is not None:
+        kl = kl.to(zero.dtype)
+        kl_term = (kl if options.per_sample else kl.sum()) * options.kl_scale
+    weights = None
+    if isinstance(options.recon_weight, Tensor) or isinstance(options.beta, Tensor):
+        weights = torch.stack([torch.as_tensor(w, dtype=zero.dtype) for w in (options.recon_weight, options.beta)])
+    return recon_term * options.recon_weight + kl_term * options.beta, recon_term, kl_term, weights
+
+
+def elbo_bwd(
+    recon: Tensor | None,
+    target: Tensor | None,
+    mu: Tensor | None,
+    logvar: Tensor | None,
+    upstream: tuple[Tensor | None, Tensor | None, Tensor | None],
+    gradients: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    options: ElboOptions,
+    *,
+    holds_forward_gradient: bool,
+) -> None:
+    """Write the gradients that are asked for, given those of (loss, recon term, KL term).
+
+    gradients: buffers for (recon, target, mu, logvar, kl). If `holds_forward_gradient`, recon's already holds what
+        `elbo_fwd`
+    wrote there and is only scaled, where that is exact.
+    """
+    dloss, drecon_term, dkl_term = upstream
+    drecon, dtarget, dmu, dlogvar, dkl = gradients
+    if drecon is not None or dtarget is not None:
+        assert recon is not None
+        assert target is not None
+        coefficient = _combine(dloss, options.recon_weight, drecon_term)
+        if not (holds_forward_gradient and drecon is not None and _rescaled(drecon, coefficient, options)):
+            _difference(recon, target, drecon, dtarget, coefficient * (2.0 * options.recon_scale))
+    if dmu is None and dlogvar is None and dkl is None:
+        return
+    coefficient = _combine(dloss, options.beta, dkl_term) * options.kl_scale
+    if dkl is not None:
+        dkl.copy_(coefficient)
+    if dmu is not None and mu is not None:
+        torch.mul(mu.to(coefficient.dtype), _per_row(coefficient, mu), out=dmu)
+    if dlogvar is not None and logvar is not None:
+        expm1 = clamped(logvar.to(coefficient.dtype), options.logvar_clamp).expm1()
+        torch.mul(expm1, _per_row(coefficient, logvar) * 0.5, out=dlogvar)
+        if options.logvar_clamp is not None:
+            low, high = options.logvar_clamp
+            dlogvar.masked_fill_((logvar < low) | (logvar > high), 0)
+
+
+def _number(value: Coefficient) -> float:
+    assert not isinstance(value, Tensor)  # the op keeps no forward gradient under a tensor weight
+    return float(value)
+
+
+def _combine(dloss: Tensor | None, weight: Coefficient, dterm: Tensor | None) -> Tensor:
+    """d(outputs)/d(term) = weight * dloss + dterm."""
+    if dloss is None:
+        assert dterm is not None
+        return dterm
+    total = dloss * weight
+    return total if dterm is None else total + dterm
+
+
+def _per_row(coefficient: Tensor, like: Tensor) -> Tensor:
+    return rows(coefficient, like) if coefficient.ndim else coefficient
+
+
+def _rescaled(drecon: Tensor, coefficient: Tensor, options: ElboOptions) -> bool:
+    """Bring the forward pass's gradient to this upstream gradient; False where that would round twice.
+
+    Only a CPU tensor's value may steer the host: elsewhere reading it would wait for the device.
+    """
+    if coefficient.device.type != "cpu" or coefficient.ndim:
+        return False
+    factor = coefficient.item() / _number(options.recon_weight)
+    if factor != 1:
+        if drecon.element_size() == 2 and math.frexp(factor)[0] != 0.5:
+            return False
+        drecon.mul_(factor)
+    return True
+
+
+def _same_dense_layout(tensors: list[Tensor]) -> bool:
+    first = tensors[0]
+    span = 1 + sum((size - 1) * stride for size, stride in zip(first.shape, first.stride(), strict=True))
+    return span == first.numel() and all(t.stride() == first.stride() for t in tensors)
+
+
+def _pieces(tensors: list[Tensor], *, per_sample: bool) -> Iterator[list[Tensor]]:
+    """Equal parts of tensors of one shape, about _PIECE elements each; whole samples if `per_sample`."""
+    first = tensors[0]
+    n = first.numel()
+    if n == 0:
+        return
+    if n <= _PIECE:
+        yield tensors
+    elif not per_sample and _same_dense_layout(tensors):
+        flat = [t.as_strided((n,), (1,)) for t in tensors]
+        for start in range(0, n, _PIECE):
+            yield [t[start : start + _PIECE] for t in flat]
+    else:
+        step = max(1, _PIECE * first.shape[0] // n)
+        for start in range(0, first.shape[0], step):
+            yield [t[start : start + step] for t in tensors]
+
+
+def _subtract(recon: Tensor, target: Tensor, out: Tensor) -> Tensor:
+    """out = recon - target, in the dtype of `out`, whatever theirs are."""
+    if recon.dtype == target.dtype == out.dtype:
+        return torch.sub(recon, target, out=out)
+    scale = BYTE_SCALE if target.dtype == torch.uint8 else 1
+    return out.copy_(recon).sub_(target.to(out.dtype), alpha=scale)
+
+
+def _squared_error(
+    recon: Tensor, target: Tensor, drecon: Tensor | None, scale: float | None, *, per_sample: bool
+) -> Tensor:
+    """Sum of squared differences, 0-d or [B]; scale * difference is written to `drecon` in the same pass."""
+    dtype = compute_dtype(recon, target)
+    tensors = [recon, target] if drecon is None else [recon, target, drecon]
+    sums = []
+    scratch: Tensor | None = None
+    for piece in _pieces(tensors, per_sample=per_sample):
+        if scratch is None or scratch.shape != piece[0].shape:
+            scratch = torch.empty_like(piece[0], dtype=dtype)
+            squares = torch.empty_like(scratch)
+        in_place = drecon is not None and drecon.dtype == dtype
+        difference = _subtract(piece[0], piece[1], piece[2] if in_place else scratch)
+        torch.mul(difference, difference, out=squares)
+        sums.append(
+            squares.flatten(1).sum(1) if per_sample and squares.ndim > 1 else squares if per_sample else squares.sum()
+        )
+        if scale is not None:
+            torch.mul(difference, scale, out=piece[2]) if in_place else piece[2].copy_(difference.mul_(scale))
+    if per_sample:
+        return torch.cat(sums) if sums else recon.new_zeros(recon.shape[0], dtype=dtype)
+    return torch.stack(sums).sum() if sums else recon.new_zeros((), dtype=dtype)
+
+
+def _difference(
+    recon: Tensor, target: Tensor, drecon: Tensor | None, dtarget: Tensor | None, coefficient: Tensor
+) -> None:
+    """drecon = coefficient * (recon - target); dtarget = -drecon. coefficient: 0-d or [B]."""
+    dtype = compute_dtype(recon, target)
+    tensors = [recon, target]
+    if coefficient.ndim:
+        tensors.append(rows(coefficient, recon).expand(recon.shape))
+    outputs = [t for t in (drecon, dtarget) if t is not None]
+    scratch: Tensor | None = None
+    for piece in _pieces(tensors + outputs, per_sample=False):
+        if scratch is None or scratch.shape != piece[0].shape:
+            scratch = torch.empty_like(piece[0], dtype=dtype)
+        _subtract(piece[0], piece[1], scratch).mul_(piece[2] if coefficient.ndim else coefficient)
+        results = iter(piece[len(tensors) :])
+        if drecon is not None:
+            next(results).copy_(scratch)
+        if dtarget is not None:
+            next(results).copy_(scratch.neg_())
