@@ -1,0 +1,169 @@
+"""How a [n_rows, n_cols] problem is cut into tiles, and how a tile finds its memory. No device query, no tuning
+at run time.
+"""
+
+import struct
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_TILE_BYTES = 4096  # four warps of 32 threads with two 16-byte accesses each: enough bytes in flight, few registers
+MAX_PROGRAMS = 1 << 14  # beyond, a program takes several tiles, so that the partial sums stay few
+_MAX_INNER_DIMS = 4  # with the row, five dimensions are read in place, whatever their strides
+NUM_WARPS = 4
+
+
+class Tile(NamedTuple):
+    """Shape of a tile and how many of them, side by side along the columns, one program takes; sizes decide alone."""
+
+    rows: int
+    cols: int
+    steps: int
+    col_programs: int  # programs along the columns
+
+    def programs(self, n_rows: int) -> int:
+        return triton.cdiv(n_rows, self.rows) * self.col_programs
+
+
+def tile(n_rows: int, n_cols: int, element_size: int, *, max_programs: int = MAX_PROGRAMS) -> Tile:
+    """The tile of a problem whose elements take `element_size` bytes. A row's cut does not depend on n_rows
+    unless that is 1.
+    """
+    size = _TILE_BYTES // element_size
+    cols = min(max(triton.next_power_of_2(n_cols), 8), size)
+    tiles = max(triton.cdiv(n_cols, cols), 1)
+    steps = triton.next_power_of_2(triton.cdiv(tiles, max_programs))
+    return Tile(size // cols, cols, steps, triton.cdiv(tiles, steps))
+
+
+class Layout(NamedTuple):
+    """Tensors of one shape as [n_rows, n_cols], each with (row stride, inner strides...).
+
+    sizes: extents of the inner dimensions that a column number splits into; None where columns are adjacent in every
+        tensor.
+    """
+
+    n_rows: int
+    n_cols: int
+    sizes: tuple[int, ...] | None
+    strides: list[tuple[int, ...]]
+
+
+def layout(tensors: Sequence[Tensor | None], *, by_sample: bool, c_order: bool) -> Layout:
+    """Collapse the dimensions of tensors of one shape into as few as all of their strides allow.
+
+    Rows are samples if `by_sample`; else one row if the tensors allow it. Columns run in C order if `c_order` (noise
+    is numbered so), else in the order of the first tensor's memory. Tensors of more than five dimensions must be
+    contiguous.
+    """
+    given = [t for t in tensors if t is not None]
+    shape = given[0].shape
+    dims = [
+        (size, *(t.stride(i) for t in given)) for i, size in enumerate(shape) if size != 1 or (by_sample and i == 0)
+    ]
+    row = dims.pop(0) if by_sample else (1, *(0 for _ in given))
+    if not c_order:
+        dims.sort(key=lambda dim: -dim[1])
+    merged: list[tuple[int, ...]] = []
+    for size, *strides in dims:
+        if merged and all(outer == size * inner for outer, inner in zip(merged[-1][1:], strides, strict=True)):
+            merged[-1] = (merged[-1][0] * size, *strides)
+        else:
+            merged.append((size, *strides))
+    strided_rows = len(merged) == 2 and _adjacent(merged[1])
+    if not by_sample and (strided_rows or len(merged) > _MAX_INNER_DIMS):
+        row = merged.pop(0)
+    if row[0] == 1:
+        row = (1, *(0 for _ in given))  # 0 is divisible by 16, which an odd row stride is not
+    n_cols = 1
+    for size, *_ in merged:
+        n_cols *= size
+    sizes = None if not merged or (len(merged) == 1 and _adjacent(merged[0])) else tuple(size for size, *_ in merged)
+    by_tensor = iter(range(1, len(given) + 1))
+    inner = [] if sizes is None else merged
+    strides = [() if t is None else (row[i := next(by_tensor)], *(dim[i] for dim in inner)) for t in tensors]
+    return Layout(row[0], n_cols, sizes, strides)
+
+
+class Part(NamedTuple):
+    """One kind of work of a launch: its tensors, how they are laid out and tiled; no programs where there is none."""
+
+    tensors: list[Tensor | None]
+    n_rows: int
+    n_cols: int
+    sizes: tuple[int, ...] | None
+    strides: list[tuple[int, ...]]
+    tile: Tile
+    programs: int
+    dtype: tl.dtype  # of arithmetic
+
+
+def part(tensors: Sequence[Tensor | None], wanted: bool, by_sample: bool, max_programs: int = MAX_PROGRAMS) -> Part:
+    """Work on tensors of one shape, the first of which decides the order."""
+    first = tensors[0]
+    if not wanted or first is None or first.numel() == 0:
+        return Part([None for _ in tensors], 0, 0, None, [() for _ in tensors], Tile(1, 8, 1, 1), 0, tl.float32)
+    at = layout(tensors, by_sample=by_sample, c_order=False)
+    t = tile(at.n_rows, at.n_cols, first.element_size(), max_programs=max_programs)
+    return Part(list(tensors), *at, t, t.programs(at.n_rows), triton_dtype(accumulator(*tensors)))
+
+
+def accumulator(*tensors: Tensor | None) -> torch.dtype:
+    """Dtype of arithmetic and of sums."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _adjacent(dim: tuple[int, ...]) -> bool:
+    return all(stride == 1 for stride in dim[1:])
+
+
+@triton.jit
+def element_offsets(
+    rows,  # [BLOCK_ROWS, 1] int64
+    cols,  # [1, BLOCK_COLS] int64
+    strides,  # (row stride, inner strides...)
+    sizes,  # inner sizes, or None for adjacent columns
+):
+    """Offsets in memory of a tile's elements."""
+    offsets = rows * strides[0]
+    if sizes is None:
+        offsets += cols
+    else:
+        rest = cols
+        for i in tl.static_range(len(sizes) - 1, 0, -1):
+            offsets += (rest % sizes[i]) * strides[i + 1]
+            rest = rest // sizes[i]
+        offsets += rest * strides[1]
+    return offsets
+
+
+@triton.jit
+def load(ptrs, mask, DTYPE: tl.constexpr):
+    """Load into the dtype of arithmetic. A mask of None keeps 16-byte accesses; masked-off elements read as 0."""
+    if mask is None:
+        return tl.load(ptrs).to(DTYPE)
+    return tl.load(ptrs, mask=mask, other=0.0).to(DTYPE)
+
+
+@triton.jit
+def scalar(x, DTYPE: tl.constexpr):
+    """A number from the host (a pointer to it, or the bits of a float64) in the dtype of arithmetic."""
+    if x.dtype.is_ptr():
+        return tl.load(x).to(DTYPE)
+    return x.to(tl.int64).to(tl.float64, bitcast=True).to(DTYPE)
+
+
+def host_scalar(x: float | Tensor | None) -> int | Tensor | None:
+    """What `scalar` takes. The bits, because a float argument arrives on a GPU rounded to float32."""
+    if x is None or isinstance(x, Tensor):
+        return x
+    bits: int = struct.unpack("q", struct.pack("d", x))[0]
+    return bits
+
+
+def triton_dtype(dtype: torch.dtype) -> tl.dtype:
+    return tl.float64 if dtype == torch.float64 else tl.float32

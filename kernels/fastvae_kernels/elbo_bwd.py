@@ -1,0 +1,283 @@
+"""Gradients of a VAE's loss, in one launch. Where the forward pass has written recon's gradient already, its programs
+read the upstream gradient and leave at once if that gradient is 1.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._tile import NUM_WARPS, element_offsets, host_scalar, load, part, scalar, triton_dtype
+from .gaussian import clamp, expm1, inside
+from .likelihoods import l2_gradient, target_scale
+
+_MAX_IMAGE_PROGRAMS = 1 << 10  # few, so that leaving at once costs next to nothing; each walks over its share
+_KL_BLOCK = 1024
+
+
+@triton.jit
+def _upstream(ptr, rows, n_rows, stride, DTYPE: tl.constexpr):
+    """Upstream gradient of each row; 0 where none came."""
+    if ptr is None:
+        return tl.zeros(rows.shape, DTYPE)
+    return tl.load(ptr + rows * stride, mask=rows < n_rows, other=0.0).to(DTYPE)
+
+
+@triton.jit
+def _recompute_tile(
+    recon_ptr,
+    target_ptr,
+    drecon_ptr,
+    dtarget_ptr,
+    recon_strides,
+    target_strides,
+    drecon_strides,
+    dtarget_strides,
+    sizes,
+    rows,
+    cols,
+    coefficient,
+    mask,
+    GRADIENT: tl.constexpr,
+    TARGET_SCALE: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    recon = load(recon_ptr + element_offsets(rows, cols, recon_strides, sizes), mask, DTYPE)
+    target = load(target_ptr + element_offsets(rows, cols, target_strides, sizes), mask, DTYPE)
+    if TARGET_SCALE != 1:
+        target = target * TARGET_SCALE
+    gradient = coefficient * GRADIENT(recon, target)
+    if drecon_ptr is not None:
+        ptrs = drecon_ptr + element_offsets(rows, cols, drecon_strides, sizes)
+        tl.store(ptrs, gradient.to(ptrs.dtype.element_ty), mask=mask)
+    if dtarget_ptr is not None:
+        ptrs = dtarget_ptr + element_offsets(rows, cols, dtarget_strides, sizes)
+        tl.store(ptrs, (-gradient).to(ptrs.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _rescale_tile(ptr, strides, sizes, rows, cols, factor, mask, DTYPE: tl.constexpr):
+    ptrs = ptr + element_offsets(rows, cols, strides, sizes)
+    tl.store(ptrs, (factor * load(ptrs, mask, DTYPE)).to(ptrs.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _latent_tile(
+    mu_ptr,
+    logvar_ptr,
+    dmu_ptr,
+    dlogvar_ptr,
+    mu_strides,
+    logvar_strides,
+    dmu_strides,
+    dlogvar_strides,
+    sizes,
+    rows,
+    cols,
+    coefficient,
+    low,
+    high,
+    mask,
+    DTYPE: tl.constexpr,
+):
+    if dmu_ptr is not None:
+        dmu = coefficient * load(mu_ptr + element_offsets(rows, cols, mu_strides, sizes), mask, DTYPE)
+        ptrs = dmu_ptr + element_offsets(rows, cols, dmu_strides, sizes)
+        tl.store(ptrs, dmu.to(ptrs.dtype.element_ty), mask=mask)
+    if dlogvar_ptr is not None:
+        logvar = load(logvar_ptr + element_offsets(rows, cols, logvar_strides, sizes), mask, DTYPE)
+        dlogvar = 0.5 * coefficient * expm1(clamp(logvar, low, high, DTYPE), DTYPE)
+        ptrs = dlogvar_ptr + element_offsets(rows, cols, dlogvar_strides, sizes)
+        tl.store(ptrs, inside(logvar, low, high, dlogvar, DTYPE).to(ptrs.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["recon_weight", "beta", "recon_scale", "kl_scale", "low", "high"])
+def _elbo_bwd_kernel(
+    dloss_ptr,  # [n_rows] at its stride, or one for all at stride 0, read; None: no gradient came; so the next two
+    drecon_term_ptr,
+    dkl_term_ptr,
+    recon_ptr,  # [image_rows, image_cols], read; None: no image gradient wanted
+    target_ptr,
+    drecon_ptr,  # [image_rows, image_cols], written; None: not wanted; HELD: holds recon_weight * the gradient already
+    dtarget_ptr,  # [image_rows, image_cols], written; None: not wanted
+    mu_ptr,  # [latent_rows, latent_cols], read; None: no latent gradient wanted
+    logvar_ptr,
+    dmu_ptr,  # [latent_rows, latent_cols], written; None: not wanted
+    dlogvar_ptr,
+    dkl_ptr,  # [n_kl], written; None: not wanted
+    recon_weight,  # bits of a float64 or pointer, as is beta
+    beta,
+    recon_scale,  # bits of a float64, as are kl_scale and the bounds of logvar
+    kl_scale,
+    low,
+    high,
+    upstream_strides,  # of dloss, drecon_term, dkl_term
+    recon_strides,
+    target_strides,
+    drecon_strides,
+    dtarget_strides,
+    image_sizes,
+    image_rows,
+    image_cols,
+    image_col_programs,
+    image_programs,  # programs from here on have latents
+    mu_strides,
+    logvar_strides,
+    dmu_strides,
+    dlogvar_strides,
+    latent_sizes,
+    latent_rows,
+    latent_cols,
+    latent_col_programs,
+    latent_programs,  # programs from here on have values of kl
+    n_kl,
+    GRADIENT: tl.constexpr,
+    TARGET_SCALE: tl.constexpr,
+    HELD: tl.constexpr,
+    IMAGE_DTYPE: tl.constexpr,
+    IMAGE_ROWS: tl.constexpr,
+    IMAGE_COLS: tl.constexpr,
+    IMAGE_STEPS: tl.constexpr,
+    LATENT_DTYPE: tl.constexpr,
+    LATENT_ROWS: tl.constexpr,
+    LATENT_COLS: tl.constexpr,
+    KL_BLOCK: tl.constexpr,
+):
+    pid = tl.program_id(0).to(tl.int64)
+    if pid < image_programs:
+        if recon_ptr is not None:
+            col_program = pid % image_col_programs
+            first_row = (pid // image_col_programs) * IMAGE_ROWS
+            rows = first_row + tl.arange(0, IMAGE_ROWS)[:, None]
+            row_mask = rows < image_rows
+            dloss = _upstream(dloss_ptr, rows, image_rows, upstream_strides[0], IMAGE_DTYPE)
+            dterm = _upstream(drecon_term_ptr, rows, image_rows, upstream_strides[1], IMAGE_DTYPE)
+            weight = scalar(recon_weight, IMAGE_DTYPE)
+            coefficient = (weight * dloss + dterm) * scalar(recon_scale, IMAGE_DTYPE)
+            rescale = False
+            leave = False
+            factor = coefficient
+            if HELD:
+                factor = dloss + dterm / weight
+                leave = tl.sum(((factor != 1.0) & row_mask).to(tl.int32)) == 0
+                if drecon_ptr.dtype.element_ty.primitive_bitwidth < 32:
+                    # a power of two only moves the exponent; any other factor would round a second time
+                    mantissa = factor.to(tl.int32, bitcast=True) & 0x007FFFFF
+                    rescale = tl.sum(((mantissa != 0) & row_mask).to(tl.int32)) == 0
+                else:
+                    rescale = True
+            if not leave:
+                for step in range(IMAGE_STEPS):
+                    first_col = (col_program * IMAGE_STEPS + step) * IMAGE_COLS
+                    cols = first_col + tl.arange(0, IMAGE_COLS)[None, :]
+                    mask = row_mask & (cols < image_cols)
+                    whole = (first_row + IMAGE_ROWS <= image_rows) & (first_col + IMAGE_COLS <= image_cols)
+                    if rescale:
+                        if whole:
+                            _rescale_tile(
+                                drecon_ptr, drecon_strides, image_sizes, rows, cols, factor, None, IMAGE_DTYPE
+                            )
+                        else:
+                            _rescale_tile(
+                                drecon_ptr, drecon_strides, image_sizes, rows, cols, factor, mask, IMAGE_DTYPE
+                            )
+                    elif whole:
+                        _recompute_tile(
+                            *(recon_ptr, target_ptr, drecon_ptr, dtarget_ptr),
+                            *(recon_strides, target_strides, drecon_strides, dtarget_strides, image_sizes),
+                            *(rows, cols, coefficient, None, GRADIENT, TARGET_SCALE, IMAGE_DTYPE),
+                        )
+                    else:
+                        _recompute_tile(
+                            *(recon_ptr, target_ptr, drecon_ptr, dtarget_ptr),
+                            *(recon_strides, target_strides, drecon_strides, dtarget_strides, image_sizes),
+                            *(rows, cols, coefficient, mask, GRADIENT, TARGET_SCALE, IMAGE_DTYPE),
+                        )
+    elif pid < latent_programs:
+        if mu_ptr is not None:
+            pid -= image_programs
+            first_row = (pid // latent_col_programs) * LATENT_ROWS
+            first_col = (pid % latent_col_programs) * LATENT_COLS
+            rows = first_row + tl.arange(0, LATENT_ROWS)[:, None]
+            cols = first_col + tl.arange(0, LATENT_COLS)[None, :]
+            dloss = _upstream(dloss_ptr, rows, latent_rows, upstream_strides[0], LATENT_DTYPE)
+            dterm = _upstream(dkl_term_ptr, rows, latent_rows, upstream_strides[2], LATENT_DTYPE)
+            coefficient = (scalar(beta, LATENT_DTYPE) * dloss + dterm) * scalar(kl_scale, LATENT_DTYPE)
+            if (first_row + LATENT_ROWS <= latent_rows) & (first_col + LATENT_COLS <= latent_cols):
+                _latent_tile(
+                    *(mu_ptr, logvar_ptr, dmu_ptr, dlogvar_ptr),
+                    *(mu_strides, logvar_strides, dmu_strides, dlogvar_strides, latent_sizes),
+                    *(rows, cols, coefficient, low, high, None, LATENT_DTYPE),
+                )
+            else:
+                mask = (rows < latent_rows) & (cols < latent_cols)
+                _latent_tile(
+                    *(mu_ptr, logvar_ptr, dmu_ptr, dlogvar_ptr),
+                    *(mu_strides, logvar_strides, dmu_strides, dlogvar_strides, latent_sizes),
+                    *(rows, cols, coefficient, low, high, mask, LATENT_DTYPE),
+                )
+    elif dkl_ptr is not None:
+        rows = (pid - latent_programs) * KL_BLOCK + tl.arange(0, KL_BLOCK)
+        dloss = _upstream(dloss_ptr, rows, n_kl, upstream_strides[0], LATENT_DTYPE)
+        dterm = _upstream(dkl_term_ptr, rows, n_kl, upstream_strides[2], LATENT_DTYPE)
+        coefficient = (scalar(beta, LATENT_DTYPE) * dloss + dterm) * scalar(kl_scale, LATENT_DTYPE)
+        tl.store(dkl_ptr + rows, coefficient.to(dkl_ptr.dtype.element_ty), mask=rows < n_kl)
+
+
+def elbo_bwd(
+    recon: Tensor | None,
+    target: Tensor | None,
+    mu: Tensor | None,
+    logvar: Tensor | None,
+    upstream: tuple[Tensor | None, Tensor | None, Tensor | None],
+    gradients: tuple[Tensor | None, ...],
+    options,
+    *,
+    holds_forward_gradient: bool,
+) -> None:
+    """Write the gradients that are asked for, given those of (loss, recon term, KL term).
+
+    gradients: buffers for (recon, target, mu, logvar, kl). If `holds_forward_gradient`, recon's already holds what
+        `elbo_fwd`
+    wrote there and is only scaled, where that is exact.
+    """
+    drecon, dtarget, dmu, dlogvar, dkl = gradients
+    n_kl = 0 if dkl is None else dkl.numel()
+    image = part(
+        [recon, target, drecon, dtarget],
+        drecon is not None or dtarget is not None,
+        options.per_sample,
+        _MAX_IMAGE_PROGRAMS,
+    )
+    latent = part([mu, logvar, dmu, dlogvar], dmu is not None or dlogvar is not None, options.per_sample, 1 << 62)
+    latent_end = image.programs + latent.programs
+    programs = latent_end + triton.cdiv(n_kl, _KL_BLOCK)
+    if not programs:
+        return
+    given = next(t for t in gradients if t is not None)
+    low, high = options.logvar_clamp or (None, None)
+    with torch.cuda.device_of(given):
+        _elbo_bwd_kernel[(programs,)](
+            *upstream,
+            *image.tensors,
+            *latent.tensors,
+            dkl,
+            *(host_scalar(options.recon_weight), host_scalar(options.beta)),
+            *(host_scalar(options.recon_scale), host_scalar(options.kl_scale), host_scalar(low), host_scalar(high)),
+            tuple(t.stride(0) if t is not None and t.ndim else 0 for t in upstream),
+            *(*image.strides, image.sizes, image.n_rows, image.n_cols, image.tile.col_programs, image.programs),
+            *(*latent.strides, latent.sizes, latent.n_rows, latent.n_cols, latent.tile.col_programs, latent_end, n_kl),
+            GRADIENT=l2_gradient,
+            TARGET_SCALE=target_scale(target),
+            HELD=holds_forward_gradient,
+            IMAGE_DTYPE=image.dtype,
+            IMAGE_ROWS=image.tile.rows,
+            IMAGE_COLS=image.tile.cols,
+            IMAGE_STEPS=image.tile.steps,
+            LATENT_DTYPE=latent.dtype if dkl is None or latent.programs else triton_dtype(dkl.dtype),
+            LATENT_ROWS=latent.tile.rows,
+            LATENT_COLS=latent.tile.cols,
+            KL_BLOCK=_KL_BLOCK,
+            num_warps=NUM_WARPS,
+            enable_fp_fusion=True,
+        )

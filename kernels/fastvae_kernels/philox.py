@@ -1,0 +1,140 @@
+"""Standard normals as a function of (seed, element): Philox4x32-10 and a portable Box-Muller.
+
+Key: (lo, hi) word of the seed mod 2^64. Counter: (lo, hi, 0, 0) of c = element // 4. Words (w0, w1) give normals 0 and
+    1 of
+the four as (r cos, r sin), words (w2, w3) normals 2 and 3.
+
+Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC11); Box & Muller (1958); polynomials: Cephes.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._tile import NUM_WARPS, tile
+
+
+@triton.jit
+def normal_pair(radius_word, angle_word):
+    """Two uint32 -> two standard normals, by integer, multiply-add, select and square root alone.
+
+    radius: u = ((word >> 8) + 1/2) / 2^24, the sum rounded to float32, r = sqrt(-2 log u); angle: the two top bits
+        choose the
+    quarter turn, the other thirty, read as a signed fraction, the place in [-pi/4, pi/4) around it.
+    """
+    # u * 2^24 = 2^e * (1 + m) with 1 + m in [sqrt(1/2), sqrt(2))
+    bits = ((radius_word >> 8).to(tl.int32).to(tl.float32) + 0.5).to(tl.int32, bitcast=True)
+    shifted = bits - 0x3F3504F3
+    e = (shifted >> 23).to(tl.float32)
+    m = ((shifted & 0x007FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True) - 1.0
+    m2 = m * m
+    p = 0.0703768358
+    p = p * m - 0.1151461031
+    p = p * m + 0.1167699874
+    p = p * m - 0.1242014088
+    p = p * m + 0.1424932278
+    p = p * m - 0.1666805766
+    p = p * m + 0.2000071476
+    p = p * m - 0.2499999399
+    p = p * m + 0.3333333117
+    log_u = m * m2 * p - 0.5 * m2 + m + (e - 24.0) * 0.6931471805599453
+    r = tl.sqrt(-2.0 * log_u)
+
+    x = (angle_word << 2).to(tl.int32, bitcast=True).to(tl.float32) * 3.6572951981440e-10  # pi/4 * 2^-31
+    x2 = x * x
+    sin = ((-1.9515295891e-4 * x2 + 8.3321608736e-3) * x2 - 1.6666654611e-1) * x2 * x + x
+    cos = ((2.443315711809948e-5 * x2 - 1.388731625493765e-3) * x2 + 4.166664568298827e-2) * x2 * x2 - 0.5 * x2 + 1.0
+    swap = ((angle_word >> 30) & 1) != 0
+    sign = (angle_word & 0x80000000).to(tl.int32, bitcast=True)
+    first = (r * tl.where(swap, sin, cos)).to(tl.int32, bitcast=True) ^ sign
+    second = (r * tl.where(swap, cos, sin)).to(tl.int32, bitcast=True) ^ sign
+    return first.to(tl.float32, bitcast=True), second.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _words(seed, counter):
+    """Philox4x32-10 at int64 counters."""
+    lo, hi = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
+    return tl.philox(seed, lo, hi, lo * 0, lo * 0)
+
+
+@triton.jit
+def _four_normals(seed, counter):
+    w0, w1, w2, w3 = _words(seed, counter)
+    n0, n1 = normal_pair(w0, w1)
+    n2, n3 = normal_pair(w2, w3)
+    return n0, n1, n2, n3
+
+
+@triton.jit
+def tile_normals(seed, first, BLOCK_COLS: tl.constexpr, RUN: tl.constexpr):
+    """Normals number first + (0, ..., BLOCK_COLS - 1), for each row of `first`: [BLOCK_ROWS, 1] int64 -> float32.
+
+    RUN: normals that one thread makes side by side: 4 or 8 (two counters, for the 16-byte accesses of 16-bit tensors),
+        both only
+    if every `first` is a multiple of 4; else 1, a counter of its own for each element. All give the same normals.
+    """
+    if RUN == 1:
+        element = first + tl.arange(0, BLOCK_COLS)[None, :]
+        w0, w1, w2, w3 = _words(seed, element >> 2)
+        upper = (element & 2) != 0
+        even, odd = normal_pair(tl.where(upper, w2, w0), tl.where(upper, w3, w1))
+        return tl.where((element & 1) != 0, odd, even)
+    counter = (first >> 2) + tl.arange(0, BLOCK_COLS // RUN)[None, :] * (RUN // 4)
+    n0, n1, n2, n3 = _four_normals(seed, counter)
+    # joined axes, from the last: odd, upper pair, second counter: the order of the elements, so that no lane moves
+    if RUN == 4:
+        run = tl.join(tl.join(n0, n2), tl.join(n1, n3))
+    else:
+        n4, n5, n6, n7 = _four_normals(seed, counter + 1)
+        run = tl.join(tl.join(tl.join(n0, n4), tl.join(n2, n6)), tl.join(tl.join(n1, n5), tl.join(n3, n7)))
+    return run.reshape(first.shape[0], BLOCK_COLS)
+
+
+@triton.jit(do_not_specialize=["seed", "offset"])
+def _philox_normal_kernel(
+    normals_ptr,  # [n_elements] contiguous, written
+    seed,  # int64, or pointer to one
+    offset,
+    n_elements,
+    RUN: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    pid = tl.program_id(0).to(tl.int64)
+    if seed.dtype.is_ptr():
+        seed = tl.load(seed)
+    first = offset + pid * BLOCK_SIZE + tl.zeros([1, 1], tl.int64)
+    normals = tile_normals(seed, first, BLOCK_SIZE, RUN).to(normals_ptr.dtype.element_ty)
+    offsets = pid * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
+    if pid * BLOCK_SIZE + BLOCK_SIZE <= n_elements:
+        tl.store(normals_ptr + offsets, normals)
+    else:
+        tl.store(normals_ptr + offsets, normals, mask=offsets < n_elements)
+
+
+def noise_run(element_size: int, *starts: int) -> int:
+    """RUN of `tile_normals` for tiles that begin at multiples of all `starts` in the stream."""
+    if any(start % 4 for start in starts):
+        return 1
+    return 8 if element_size == 2 else 4
+
+
+def philox_normal(
+    shape: torch.Size, seed: int | Tensor, offset: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Normals number offset, ..., offset + n - 1 of the stream `seed`, in C order, rounded to float32 and then to
+    `dtype`.
+    """
+    normals = torch.empty(shape, dtype=dtype, device=device)
+    if n := normals.numel():
+        size = tile(1, n, normals.element_size()).cols
+        with torch.cuda.device_of(normals):
+            _philox_normal_kernel[(triton.cdiv(n, size),)](
+                *(normals, seed, offset, n),
+                RUN=noise_run(normals.element_size(), offset),
+                BLOCK_SIZE=size,
+                num_warps=NUM_WARPS,
+                enable_fp_fusion=True,
+            )
+    return normals

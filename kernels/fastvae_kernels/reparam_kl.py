@@ -1,0 +1,217 @@
+"""Sample a diagonal Gaussian and measure its KL, reading each input once; backward draws the noise again instead
+of reading it.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._reduce import fold_rows
+from ._tile import NUM_WARPS, Tile, accumulator, element_offsets, host_scalar, layout, load, tile, triton_dtype
+from .gaussian import clamp, expm1, inside, kl_element
+from .philox import noise_run, philox_normal, tile_normals
+
+
+@triton.jit
+def _sample_tile(
+    mu_ptrs, logvar_ptrs, z_ptrs, noise, mask, low, high, WITH_KL: tl.constexpr, DTYPE: tl.constexpr
+):  # fmt: skip
+    mu = load(mu_ptrs, mask, DTYPE)
+    logvar = clamp(load(logvar_ptrs, mask, DTYPE), low, high, DTYPE)
+    sigma = tl.exp(0.5 * logvar)
+    tl.store(z_ptrs, (mu + sigma * noise).to(z_ptrs.dtype.element_ty), mask=mask)
+    if WITH_KL:
+        kl = kl_element(mu, logvar, sigma * sigma, DTYPE)
+        # lanes outside hold mu = logvar = 0, whose KL is 0 unless a clamp moved that logvar
+        return kl if mask is None else tl.where(mask, kl, 0.0)
+    return mu
+
+
+@triton.jit(do_not_specialize=["seed", "offset", "low", "high"])
+def _reparam_kl_fwd_kernel(
+    mu_ptr,  # [n_rows, n_cols], read
+    logvar_ptr,  # [n_rows, n_cols], read
+    z_ptr,  # [n_rows, n_cols], written
+    kl_ptr,  # [n_rows, n_col_programs], written: partial sums; None: no KL
+    seed,  # int64, or pointer to one
+    offset,  # of the first element in the seed's stream
+    low,  # bounds of logvar as bits of a float64, or None
+    high,
+    mu_strides,
+    logvar_strides,
+    z_strides,
+    sizes,
+    n_rows,
+    n_cols,
+    n_col_programs,
+    RUN: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    pid = tl.program_id(0).to(tl.int64)
+    if seed.dtype.is_ptr():
+        seed = tl.load(seed)
+    col_program = pid % n_col_programs
+    first_row, first_col = (pid // n_col_programs) * BLOCK_ROWS, col_program * BLOCK_COLS
+    rows = first_row + tl.arange(0, BLOCK_ROWS)[:, None]
+    cols = first_col + tl.arange(0, BLOCK_COLS)[None, :]
+    noise = tile_normals(seed, offset + rows * n_cols + first_col, BLOCK_COLS, RUN)
+
+    mu_ptrs = mu_ptr + element_offsets(rows, cols, mu_strides, sizes)
+    logvar_ptrs = logvar_ptr + element_offsets(rows, cols, logvar_strides, sizes)
+    z_ptrs = z_ptr + element_offsets(rows, cols, z_strides, sizes)
+    WITH_KL: tl.constexpr = kl_ptr is not None
+    if (first_row + BLOCK_ROWS <= n_rows) & (first_col + BLOCK_COLS <= n_cols):
+        kl = _sample_tile(mu_ptrs, logvar_ptrs, z_ptrs, noise, None, low, high, WITH_KL, DTYPE)
+    else:
+        mask = (rows < n_rows) & (cols < n_cols)
+        kl = _sample_tile(mu_ptrs, logvar_ptrs, z_ptrs, noise, mask, low, high, WITH_KL, DTYPE)
+    if WITH_KL:
+        sums = tl.sum(kl, axis=1)[:, None]
+        tl.store(kl_ptr + rows * n_col_programs + col_program, sums, mask=rows < n_rows)
+
+
+@triton.jit
+def _gradient_tile(
+    mu_ptrs, logvar_ptrs, dz_ptrs, dkl, dmu_ptrs, dlogvar_ptrs, noise, mask, low, high, DTYPE: tl.constexpr
+):  # fmt: skip
+    raw_logvar = load(logvar_ptrs, mask, DTYPE)
+    logvar = clamp(raw_logvar, low, high, DTYPE)
+    dmu = dkl * load(mu_ptrs, mask, DTYPE)
+    dlogvar = dkl * expm1(logvar, DTYPE)
+    if dz_ptrs is not None:
+        dz = load(dz_ptrs, mask, DTYPE)
+        dmu += dz
+        dlogvar += dz * (tl.exp(0.5 * logvar) * noise)
+    dlogvar = inside(raw_logvar, low, high, 0.5 * dlogvar, DTYPE)
+    if dmu_ptrs is not None:
+        tl.store(dmu_ptrs, dmu.to(dmu_ptrs.dtype.element_ty), mask=mask)
+    if dlogvar_ptrs is not None:
+        tl.store(dlogvar_ptrs, dlogvar.to(dlogvar_ptrs.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["seed", "offset", "low", "high"])
+def _reparam_kl_bwd_kernel(
+    mu_ptr,  # [n_rows, n_cols], read
+    logvar_ptr,  # [n_rows, n_cols], read
+    dz_ptr,  # [n_rows, n_cols], read; None: no gradient came
+    dkl_ptr,  # [n_rows] at dkl_stride, read; None: no gradient came
+    dmu_ptr,  # [n_rows, n_cols], written; None: not wanted
+    dlogvar_ptr,  # [n_rows, n_cols], written; None: not wanted
+    seed,
+    offset,
+    low,
+    high,
+    mu_strides,
+    logvar_strides,
+    dz_strides,
+    dmu_strides,
+    dlogvar_strides,
+    dkl_stride,
+    sizes,
+    n_rows,
+    n_cols,
+    n_col_programs,
+    RUN: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    pid = tl.program_id(0).to(tl.int64)
+    if seed.dtype.is_ptr():
+        seed = tl.load(seed)
+    first_row, first_col = (pid // n_col_programs) * BLOCK_ROWS, (pid % n_col_programs) * BLOCK_COLS
+    rows = first_row + tl.arange(0, BLOCK_ROWS)[:, None]
+    cols = first_col + tl.arange(0, BLOCK_COLS)[None, :]
+    noise = tile_normals(seed, offset + rows * n_cols + first_col, BLOCK_COLS, RUN)
+
+    dkl = tl.zeros([BLOCK_ROWS, 1], DTYPE)
+    if dkl_ptr is not None:
+        dkl = tl.load(dkl_ptr + rows * dkl_stride, mask=rows < n_rows, other=0.0).to(DTYPE)
+    mu_ptrs = mu_ptr + element_offsets(rows, cols, mu_strides, sizes)
+    logvar_ptrs = logvar_ptr + element_offsets(rows, cols, logvar_strides, sizes)
+    dz_ptrs = None if dz_ptr is None else dz_ptr + element_offsets(rows, cols, dz_strides, sizes)
+    dmu_ptrs = None if dmu_ptr is None else dmu_ptr + element_offsets(rows, cols, dmu_strides, sizes)
+    dlogvar_ptrs = None if dlogvar_ptr is None else dlogvar_ptr + element_offsets(rows, cols, dlogvar_strides, sizes)
+    if (first_row + BLOCK_ROWS <= n_rows) & (first_col + BLOCK_COLS <= n_cols):
+        _gradient_tile(mu_ptrs, logvar_ptrs, dz_ptrs, dkl, dmu_ptrs, dlogvar_ptrs, noise, None, low, high, DTYPE)
+    else:
+        mask = (rows < n_rows) & (cols < n_cols)
+        _gradient_tile(mu_ptrs, logvar_ptrs, dz_ptrs, dkl, dmu_ptrs, dlogvar_ptrs, noise, mask, low, high, DTYPE)
+
+
+def _bounds(clamp: tuple[float, float] | None) -> tuple:
+    return (None, None) if clamp is None else (host_scalar(clamp[0]), host_scalar(clamp[1]))
+
+
+def _constants(t: Tile, element_size: int, dtype: torch.dtype, n_rows: int, n_cols: int, offset: int) -> dict:
+    starts = (offset,) if n_rows == 1 else (offset, n_cols)
+    return {
+        "RUN": noise_run(element_size, *starts),
+        "DTYPE": triton_dtype(dtype),
+        "BLOCK_ROWS": t.rows,
+        "BLOCK_COLS": t.cols,
+        "num_warps": NUM_WARPS,
+        "enable_fp_fusion": True,
+    }
+
+
+def reparam_kl_fwd(mu: Tensor, logvar: Tensor, noise, z: Tensor, logvar_clamp, *, with_kl: bool):
+    """Write z; return the KL of each sample (None unless asked for) and what the backward pass needs: nothing more.
+
+    noise: has .seed (int64 or tensor of one) and .offset.
+    """
+    at = layout([mu, logvar, z], by_sample=with_kl, c_order=True)
+    dtype = accumulator(mu, logvar)
+    t = tile(at.n_rows, at.n_cols, z.element_size(), max_programs=1 << 62)
+    partials = kl = None
+    if with_kl:
+        partials = torch.empty(at.n_rows, t.col_programs, dtype=dtype, device=mu.device)
+        kl = partials.view(-1) if t.col_programs == 1 else torch.empty(at.n_rows, dtype=dtype, device=mu.device)
+    if mu.numel() == 0:
+        return (None if kl is None else kl.zero_()), ()
+    with torch.cuda.device_of(mu):
+        _reparam_kl_fwd_kernel[(t.programs(at.n_rows),)](
+            *(mu, logvar, z, partials, noise.seed, noise.offset, *_bounds(logvar_clamp)),
+            *(*at.strides, at.sizes, at.n_rows, at.n_cols, t.col_programs),
+            **_constants(t, z.element_size(), dtype, at.n_rows, at.n_cols, noise.offset),
+        )
+        if partials is not None and t.col_programs > 1:
+            fold_rows(partials, kl)
+    return kl, ()
+
+
+def spread(mu: Tensor, logvar: Tensor, saved, noise, logvar_clamp) -> Tensor:
+    """sigma * noise, as the forward pass drew it."""
+    dtype = accumulator(mu, logvar)
+    logvar = logvar.detach().to(dtype)
+    sigma = torch.exp(0.5 * (logvar if logvar_clamp is None else logvar.clamp(*logvar_clamp)))
+    return sigma * philox_normal(mu.shape, noise.seed, noise.offset, dtype, mu.device)
+
+
+def reparam_kl_bwd(
+    mu: Tensor,
+    logvar: Tensor,
+    saved,
+    dz: Tensor | None,
+    dkl: Tensor | None,
+    dmu: Tensor | None,
+    dlogvar: Tensor | None,
+    noise,
+    logvar_clamp,
+) -> None:
+    """Write the gradients that are asked for: dmu = dz + dkl mu; dlogvar = (dz sigma noise + dkl expm1(logvar)) / 2."""
+    if mu.numel() == 0:
+        return
+    dz = dz if dz is None or dz.ndim <= 5 else dz.contiguous()  # mu and logvar came so
+    at = layout([mu, logvar, dz, dmu, dlogvar], by_sample=dkl is not None, c_order=True)
+    dtype = accumulator(mu, logvar)
+    t = tile(at.n_rows, at.n_cols, mu.element_size(), max_programs=1 << 62)
+    with torch.cuda.device_of(mu):
+        _reparam_kl_bwd_kernel[(t.programs(at.n_rows),)](
+            *(mu, logvar, dz, dkl, dmu, dlogvar, noise.seed, noise.offset, *_bounds(logvar_clamp)),
+            *(*at.strides, 0 if dkl is None else dkl.stride(0), at.sizes, at.n_rows, at.n_cols, t.col_programs),
+            **_constants(t, mu.element_size(), dtype, at.n_rows, at.n_cols, noise.offset),
+        )
