@@ -1,0 +1,70 @@
+"""Bad input: an error that says what is required, what came and what to do, before anything is computed."""
+
+import pytest
+import torch
+
+import fastvae
+
+IMAGE, LATENT = torch.ones(2, 3), torch.ones(2, 4)
+
+
+def sample(mu=LATENT, logvar=LATENT, **options):
+    return fastvae.reparameterize_kl(mu, logvar, **options)
+
+
+def loss(recon=IMAGE, target=IMAGE, mu=LATENT, logvar=LATENT, **options):
+    return fastvae.vae_loss(recon, target, mu, logvar, **options)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: sample(mu=[1.0]), TypeError, "mu must be a torch.Tensor; got list"),
+        (lambda: sample(mu=LATENT.int()), TypeError, r"mu must be one of float64.*got int32.*\.float\(\)"),
+        (lambda: sample(logvar=torch.ones(2, 5)), ValueError, r"one shape; got \(2, 4\) and \(2, 5\)"),
+        (lambda: sample(mu=torch.tensor(1.0), logvar=torch.tensor(1.0)), ValueError, r"batch dimension.*reshape\(1\)"),
+        (lambda: sample(mu=LATENT.to_sparse()), ValueError, "dense tensor; got layout torch.sparse_coo"),
+        (lambda: sample(logvar=LATENT.to("meta")), ValueError, "one device; got cpu and meta"),
+        (lambda: sample(seed=1.5), TypeError, "seed must be an int or a one-element int64 tensor; got float"),
+        (lambda: sample(seed=True), TypeError, "seed must be an int"),
+        (lambda: sample(seed=torch.ones(2, dtype=torch.int64)), ValueError, r"one int64.*shape \(2,\)"),
+        (lambda: sample(seed=torch.ones(1)), ValueError, "one int64.*got float32"),
+        (lambda: sample(seed=1, generator=torch.Generator()), ValueError, "generator and seed exclude each other"),
+        (lambda: sample(generator=7), TypeError, "generator must be a torch.Generator; got int"),
+        (lambda: sample(offset=4), ValueError, "offset=4 without seed"),
+        (lambda: sample(seed=1, offset=-1), ValueError, r"offset must lie in \[0, 2\^62\); got -1"),
+        (lambda: sample(seed=1, offset=0.5), TypeError, "offset must be an int"),
+        (lambda: sample(logvar_clamp=(2, 1)), ValueError, r"lo < hi; got \(2, 1\)"),
+        (lambda: sample(logvar_clamp=5), ValueError, "logvar_clamp must be None or"),
+        (lambda: loss(recon=IMAGE.long()), TypeError, "recon must be one of .* got int64"),
+        (lambda: loss(target=IMAGE.short()), TypeError, "target must be one of .*uint8; got int16"),
+        (lambda: loss(target=torch.ones(2, 1)), ValueError, "Nothing is broadcast"),
+        (lambda: loss(mu=None), ValueError, "needs mu and logvar, or kl="),
+        (lambda: loss(mu=torch.ones(3, 4), logvar=torch.ones(3, 4)), ValueError, "one batch size; got 2 and 3"),
+        (lambda: loss(reduction="avg"), ValueError, "reduction must be one of .*'batchmean'.*got 'avg'"),
+        (lambda: loss(reduction="batch_mean"), ValueError, "Did you mean 'batchmean'?"),
+        (lambda: loss(kl_reduction="none"), ValueError, 'must both be "none" or neither'),
+        (lambda: loss(likelihood="l3"), ValueError, "likelihood must be one of 'l2'; got 'l3'"),
+        (lambda: loss(beta="1"), TypeError, "beta must be a float or a 0-dimensional tensor; got str"),
+        (lambda: loss(beta=torch.ones(1)), ValueError, r"beta must be .* of shape \(1,\)"),
+        (lambda: loss(recon_weight=torch.tensor(1)), ValueError, "recon_weight must be .* got int64"),
+        (lambda: loss(kl=torch.ones(2)), ValueError, "kl= replaces logvar"),
+        (lambda: loss(logvar=None, kl=torch.ones(3)), ValueError, r"\[B\] = \(2,\).*got \(3,\)"),
+        (lambda: loss(logvar=None, kl=torch.ones(2), logvar_clamp=(-1, 1)), ValueError, "cannot act on kl="),
+        (
+            lambda: loss(mu=None, logvar=None, kl=torch.ones(2), kl_reduction="mean", recon_reduction="mean"),
+            ValueError,
+            "Pass mu too",
+        ),
+        (lambda: fastvae.gaussian_kl(LATENT, LATENT, reduction="x"), ValueError, "reduction must be one of"),
+        (lambda: fastvae.reconstruction_loss(IMAGE, IMAGE, likelihood=3), ValueError, "likelihood must be one of"),
+        (lambda: fastvae.philox_normal(3, seed="a"), TypeError, "seed must be an int"),
+        (lambda: fastvae.philox_normal(3, seed=1, dtype=torch.int32), TypeError, "the noise must be one of"),
+        (lambda: fastvae.VAELoss(reduction="x"), ValueError, "reduction must be one of"),
+        (lambda: fastvae.VAELoss(beta=None), TypeError, "beta must be a float"),
+        (lambda: fastvae.VAELoss(logvar_clamp=(1, 0)), ValueError, "lo < hi"),
+    ],
+)
+def test_bad_input_is_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

@@ -1,0 +1,121 @@
+"""Who may import whom, what the wheel holds, and what importing fastvae needs."""
+
+import ast
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = {"fastvae": ROOT / "fastvae", "fastvae_kernels": ROOT / "kernels/fastvae_kernels"}
+
+# each room may import the rooms below it and its own; rooms on one line do not see each other
+LAYERS = [
+    {"__main__"},
+    {"cli"},
+    {"training"},
+    {"models", "data", "loss", "distributions"},
+    {"functional"},
+    {"ops"},
+    {"fallback", "fastvae_kernels"},
+    {"reference", "_checks", "_backend", "_files"},
+    {"_options"},
+]
+LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
+
+
+def room_of(module: str) -> str:
+    """fastvae.ops.elbo -> ops; fastvae_kernels.elbo -> fastvae_kernels."""
+    parts = module.split(".")
+    return parts[0] if parts[0] == "fastvae_kernels" else (parts[1] if len(parts) > 1 else "fastvae")
+
+
+def arrows():
+    """(file, importing module, imported module), from every import statement, lazy ones included."""
+    for package, folder in PACKAGES.items():
+        for file in folder.rglob("*.py"):
+            parts = [package, *file.relative_to(folder).with_suffix("").parts]
+            module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+            base = module if parts[-1] == "__init__" else module.rpartition(".")[0]
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.Import):
+                    targets = [alias.name for alias in node.names]
+                elif isinstance(node, ast.ImportFrom):
+                    if node.level:
+                        parents = base.split(".")[: len(base.split(".")) - node.level + 1]
+                        source = ".".join([*parents, *([node.module] if node.module else [])])
+                    else:
+                        source = node.module
+                    names = [f"{source}.{alias.name}" for alias in node.names]
+                    targets = names if source in PACKAGES else [source]
+                else:
+                    continue
+                yield from ((file, module, t) for t in targets if t.split(".")[0] in PACKAGES)
+
+
+def test_arrows_go_down_only():
+    seen = list(arrows())
+    assert len(seen) > 30
+    wrong = []
+    for file, source, target in seen:
+        a, b = room_of(source), room_of(target)
+        if a in ("fastvae", b):  # the package's front door; a room's own files
+            continue
+        public = (
+            source.startswith("fastvae.") and b not in LEVEL and LEVEL[a] <= LEVEL["loss"]
+        )  # `import fastvae` above
+        if not public and not LEVEL.get(a, 99) < LEVEL.get(b, -1):
+            wrong.append(f"{file.relative_to(ROOT)}: {source} -> {target}")
+    assert not wrong
+
+
+def test_kernels_never_import_fastvae_and_no_op_imports_another():
+    for file, source, target in arrows():
+        assert not (source.startswith("fastvae_kernels") and target.split(".")[0] == "fastvae"), file
+        if source.startswith("fastvae.ops.") and target.startswith("fastvae.ops."):
+            assert target.split(".")[2].startswith("_"), f"{file} imports {target}: only what ops share may be imported"
+
+
+def test_kernels_is_a_folder_and_not_a_package():
+    """PyPI's `kernels` owns that name: with an __init__.py here it could not be imported from a checkout."""
+    assert not (ROOT / "kernels/__init__.py").exists()
+
+
+def test_wheel_holds_the_two_packages(tmp_path):
+    pytest.importorskip("hatchling", reason="building the wheel needs hatchling")
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"fastvae", "fastvae_kernels"}
+    for needed in ("fastvae/py.typed", "fastvae_kernels/py.typed", "fastvae/data/fashion_mnist.npz"):
+        assert needed in names
+    assert any(name.endswith("fashion_mnist.LICENSE") for name in names)
+
+
+def test_import_and_train_step_without_triton():
+    """Neither `import fastvae` nor the fallback touches Triton."""
+    script = """
+import sys
+sys.modules["triton"] = None  # importing it raises ImportError
+import torch, fastvae
+mu = torch.zeros(2, 3, requires_grad=True)
+z, kl = fastvae.reparameterize_kl(mu, mu, seed=1)
+fastvae.VAELoss()(z, torch.zeros(2, 3), kl=kl).backward()
+assert mu.grad is not None
+assert "fastvae_kernels" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+
+
+def test_importing_fastvae_imports_no_kernels_and_no_extras():
+    script = """
+import sys, fastvae
+heavy = {"fastvae_kernels", "triton.language", "matplotlib", "PIL", "safetensors", "tyro", "rich"} & set(sys.modules)
+sys.exit(f"imported: {heavy}" if heavy - {"triton.language"} else 0)
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
