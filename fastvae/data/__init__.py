@@ -1,0 +1,8 @@
+"""Real images as data sets: an embedded set, folders, NumPy and IDX files."""
+
+from .dataset import ArrayImages as ArrayImages
+from .dataset import DataError as DataError
+from .dataset import ImageDataset as ImageDataset
+from .dataset import split as split
+from .folder import FolderImages as FolderImages
+from .sources import load as load

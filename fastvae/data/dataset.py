@@ -1,0 +1,80 @@
+"""Data sets of images: what they hand out, how a batch is made, how they are split."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
+
+
+class DataError(ValueError):
+    """The data cannot be used; the message names the file or the array, what is wrong and the remedy."""
+
+
+class ImageDataset(Dataset[Tensor], ABC):
+    """Images of one shape, as uint8 tensors [C, H, W] with values 0 to 255.
+
+    Attributes:
+        shape: (C, H, W) of every image; C is 1 (grey) or 3 (RGB).
+    """
+
+    shape: tuple[int, int, int]
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Tensor: ...
+
+    def __getitems__(self, indices: list[int]) -> list[Tensor]:
+        """The images at `indices`, in that order: what a DataLoader calls per batch; its default collate stacks them.
+
+        A list of views, so that stacking is the only copy; gathering first would be a second one.
+        """
+        return [self[index] for index in indices]
+
+
+class ArrayImages(ImageDataset):
+    """Images in memory, or in a memory-mapped file.
+
+    Args:
+        images: [N, C, H, W] uint8, any strides; not copied.
+        labels: [N] whole numbers, kept for pictures and not handed out with the images; None if there are none.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor | None = None) -> None:
+        self.images = images
+        self.labels = labels
+        self.shape = (images.shape[1], images.shape[2], images.shape[3])
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.images[index]
+
+
+def split(dataset: Dataset[Tensor], *, validation: float = 0.1, seed: int = 0) -> tuple[Subset[Tensor], Subset[Tensor]]:
+    """Split a data set at random, the same way for the same `seed`, size and `validation`.
+
+    Args:
+        dataset: Any data set with a length.
+        validation: Share of the images held out; rounded to whole images, at least one on each side.
+        seed: Decides which images; independent of torch's default generator.
+
+    Returns:
+        (train, validation), disjoint, together all of `dataset`, each in random order.
+
+    Raises:
+        ValueError: `validation` is not between 0 and 1, or there are fewer than two images.
+    """
+    if not 0 < validation < 1:
+        raise ValueError(f"validation must be a share between 0 and 1, both excluded; got {validation}. Pass 0.1, say.")
+    n_images = len(dataset)  # type: ignore[arg-type]
+    if n_images < 2:
+        raise DataError(
+            f"a split needs at least 2 images, one to train and one to validate; got {n_images}. Add images."
+        )
+    n_validation = min(max(round(n_images * validation), 1), n_images - 1)
+    order = torch.randperm(n_images, generator=torch.Generator().manual_seed(seed)).tolist()
+    return Subset(dataset, order[n_validation:]), Subset(dataset, order[:n_validation])

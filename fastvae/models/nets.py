@@ -1,0 +1,82 @@
+"""Encoder and decoder networks: images [B, C, H, W] to 2 * latent_dim numbers, latent_dim numbers to images."""
+
+import math
+
+from torch import nn
+
+from .config import VAEConfig
+
+COARSEST = 8  # pixels: halving goes on until neither side is longer
+MAX_WIDENING = 8  # of the channels, against the first stage
+
+
+def build_encoder(config: VAEConfig) -> nn.Sequential:
+    """[B, C, H, W] to [B, 2 * latent_dim]: mu and logvar side by side."""
+    if config.backbone == "mlp":
+        n_pixels = math.prod(config.image_shape)
+        return nn.Sequential(
+            nn.Flatten(), nn.Linear(n_pixels, config.hidden), nn.ReLU(), nn.Linear(config.hidden, 2 * config.latent_dim)
+        )
+    sizes, widths = stages(config)
+    layers: list[nn.Module] = [_patches(config.channels, widths[0], sizes[0]), nn.SiLU()]
+    for i in range(1, len(widths)):
+        halve = nn.Conv2d(widths[i - 1], widths[i], kernel_size=3, stride=2, padding=1)
+        layers += [halve, *_normalized_silu(widths[i], i)]
+    n_features = widths[-1] * math.prod(sizes[-1])
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(n_features, 2 * config.latent_dim))
+
+
+def build_decoder(config: VAEConfig) -> nn.Sequential:
+    """[B, latent_dim] to [B, C, H, W]: the mean of a Gaussian, so neither end of the range is out of reach."""
+    if config.backbone == "mlp":
+        return nn.Sequential(
+            nn.Linear(config.latent_dim, config.hidden),
+            nn.ReLU(),
+            nn.Linear(config.hidden, math.prod(config.image_shape)),
+            nn.Unflatten(1, config.image_shape),
+        )
+    sizes, widths = stages(config)
+    n_features = widths[-1] * math.prod(sizes[-1])
+    top = len(widths) - 1
+    layers: list[nn.Module] = [nn.Linear(config.latent_dim, n_features), nn.Unflatten(1, (widths[-1], *sizes[-1]))]
+    layers += _normalized_silu(widths[-1], top)
+    for i in range(top, 0, -1):
+        layers += [_double(widths[i], widths[i - 1], sizes[i]), *_normalized_silu(widths[i - 1], i - 1)]
+    return nn.Sequential(*layers, _unpatches(widths[0], config.channels, sizes[0]))
+
+
+def stages(config: VAEConfig) -> tuple[list[tuple[int, int]], list[int]]:
+    """Sizes before and after each halving (odd ones round up), and the channels after each; at least one halving."""
+    sizes = [config.image_size]
+    while len(sizes) == 1 or max(sizes[-1]) > COARSEST:
+        height, width = sizes[-1]
+        sizes.append(((height + 1) // 2, (width + 1) // 2))
+    widths = [config.width * min(2**i, MAX_WIDENING) for i in range(len(sizes) - 1)]
+    return sizes, widths
+
+
+def _normalized_silu(channels: int, stage: int) -> list[nn.Module]:
+    # none next to the pixels: with one stage it could see a single value, and normalising that erases it
+    return [nn.GroupNorm(1, channels), nn.SiLU()] if stage > 0 else [nn.SiLU()]
+
+
+# an odd side is padded by one pixel in front, so that both ways agree on ceil(size / 2) without a crop or a copy
+
+
+def _patches(channels: int, width: int, size: tuple[int, int]) -> nn.Conv2d:
+    """2 x 2 patches, so that no feature map has the full resolution."""
+    odd = (size[0] % 2, size[1] % 2)
+    return nn.Conv2d(channels, width, kernel_size=2, stride=2, padding=odd)
+
+
+def _unpatches(width: int, channels: int, size: tuple[int, int]) -> nn.ConvTranspose2d:
+    """Inverse shape of `_patches`."""
+    odd = (size[0] % 2, size[1] % 2)
+    return nn.ConvTranspose2d(width, channels, kernel_size=2, stride=2, padding=odd, output_padding=odd)
+
+
+def _double(width_in: int, width_out: int, size: tuple[int, int]) -> nn.ConvTranspose2d:
+    """Overlapping 4 x 4 patches: evenly, so no checkerboard; to exactly `size`."""
+    odd = (size[0] % 2, size[1] % 2)
+    padding = (1 + odd[0], 1 + odd[1])
+    return nn.ConvTranspose2d(width_in, width_out, kernel_size=4, stride=2, padding=padding, output_padding=odd)
