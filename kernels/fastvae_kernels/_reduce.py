@@ -55,11 +55,14 @@ def fold_tile(n_rows: int, n_partials: int) -> tuple[int, int]:
     return (1 if n_rows == 1 else max(_TILE // cols // 4, 1)), cols
 
 
-def fold_rows(partials: Tensor, sums: Tensor) -> None:
-    """sums[i] = sum of partials[i, :]; the partials of one row each are the sums already."""
+def fold_rows(partials: Tensor) -> Tensor:
+    """[n_rows]: the sum of each row of [n_rows, n_partials]; a single partial sum of a row is its sum already."""
     n_rows, n_partials = partials.shape
+    if n_partials == 1:
+        return partials.view(n_rows)
+    sums = partials.new_empty(n_rows)
     block_rows, block_cols = fold_tile(n_rows, n_partials)
-    grid = (triton.cdiv(n_rows, block_rows),)
-    _fold_rows_kernel[grid](
+    _fold_rows_kernel[(triton.cdiv(n_rows, block_rows),)](
         *(partials, sums, n_rows, n_partials, block_rows, block_cols), num_warps=NUM_WARPS, enable_fp_fusion=True
     )
+    return sums

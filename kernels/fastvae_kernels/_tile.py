@@ -2,6 +2,7 @@
 at run time.
 """
 
+import math
 import struct
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 _TILE_BYTES = 4096  # four warps of 32 threads with two 16-byte accesses each: enough bytes in flight, few registers
+ONE_TILE_EACH = 1 << 62  # programs: no limit
 MAX_PROGRAMS = 1 << 14  # beyond, a program takes several tiles, so that the partial sums stay few
 _MAX_INNER_DIMS = 4  # with the row, five dimensions are read in place, whatever their strides
 NUM_WARPS = 4
@@ -26,7 +28,7 @@ class Tile(NamedTuple):
     col_programs: int  # programs along the columns
 
     def programs(self, n_rows: int) -> int:
-        return triton.cdiv(n_rows, self.rows) * self.col_programs
+        return -(-n_rows // self.rows) * self.col_programs
 
 
 def tile(n_rows: int, n_cols: int, element_size: int, *, max_programs: int = MAX_PROGRAMS) -> Tile:
@@ -35,9 +37,9 @@ def tile(n_rows: int, n_cols: int, element_size: int, *, max_programs: int = MAX
     """
     size = _TILE_BYTES // element_size
     cols = min(max(triton.next_power_of_2(n_cols), 8), size)
-    tiles = max(triton.cdiv(n_cols, cols), 1)
-    steps = triton.next_power_of_2(triton.cdiv(tiles, max_programs))
-    return Tile(size // cols, cols, steps, triton.cdiv(tiles, steps))
+    tiles = max(-(-n_cols // cols), 1)
+    steps = triton.next_power_of_2(-(-tiles // max_programs))
+    return Tile(size // cols, cols, steps, -(-tiles // steps))
 
 
 class Layout(NamedTuple):
@@ -61,32 +63,31 @@ def layout(tensors: Sequence[Tensor | None], *, by_sample: bool, c_order: bool) 
     contiguous.
     """
     given = [t for t in tensors if t is not None]
-    shape = given[0].shape
-    dims = [
-        (size, *(t.stride(i) for t in given)) for i, size in enumerate(shape) if size != 1 or (by_sample and i == 0)
-    ]
-    row = dims.pop(0) if by_sample else (1, *(0 for _ in given))
+    none = (1, *(0 for _ in given))  # a row of everything; stride 0 is divisible by 16, as an odd row stride is not
+    dims = [(size, *(t.stride(i) for t in given)) for i, size in enumerate(given[0].shape)]
+    row = dims.pop(0) if by_sample else none
+    dims = [dim for dim in dims if dim[0] != 1]
     if not c_order:
         dims.sort(key=lambda dim: -dim[1])
     merged: list[tuple[int, ...]] = []
-    for size, *strides in dims:
-        if merged and all(outer == size * inner for outer, inner in zip(merged[-1][1:], strides, strict=True)):
-            merged[-1] = (merged[-1][0] * size, *strides)
+    for size, *inner in dims:
+        if merged and all(outer == size * stride for outer, stride in zip(merged[-1][1:], inner, strict=True)):
+            merged[-1] = (merged[-1][0] * size, *inner)
         else:
-            merged.append((size, *strides))
-    strided_rows = len(merged) == 2 and _adjacent(merged[1])
-    if not by_sample and (strided_rows or len(merged) > _MAX_INNER_DIMS):
+            merged.append((size, *inner))
+    rows_apart = len(merged) == 2 and _adjacent(merged[1])
+    if not by_sample and (rows_apart or len(merged) > _MAX_INNER_DIMS):
         row = merged.pop(0)
     if row[0] == 1:
-        row = (1, *(0 for _ in given))  # 0 is divisible by 16, which an odd row stride is not
-    n_cols = 1
-    for size, *_ in merged:
-        n_cols *= size
-    sizes = None if not merged or (len(merged) == 1 and _adjacent(merged[0])) else tuple(size for size, *_ in merged)
-    by_tensor = iter(range(1, len(given) + 1))
-    inner = [] if sizes is None else merged
-    strides = [() if t is None else (row[i := next(by_tensor)], *(dim[i] for dim in inner)) for t in tensors]
-    return Layout(row[0], n_cols, sizes, strides)
+        row = none
+
+    n_cols = math.prod(size for size, *_ in merged)
+    if not merged or (len(merged) == 1 and _adjacent(merged[0])):
+        merged, sizes = [], None
+    else:
+        sizes = tuple(size for size, *_ in merged)
+    by_tensor = zip(*(dim[1:] for dim in (row, *merged)), strict=True)
+    return Layout(row[0], n_cols, sizes, [() if t is None else next(by_tensor) for t in tensors])
 
 
 class Part(NamedTuple):
@@ -144,17 +145,15 @@ def element_offsets(
 @triton.jit
 def load(ptrs, mask, DTYPE: tl.constexpr):
     """Load into the dtype of arithmetic. A mask of None keeps 16-byte accesses; masked-off elements read as 0."""
-    if mask is None:
-        return tl.load(ptrs).to(DTYPE)
-    return tl.load(ptrs, mask=mask, other=0.0).to(DTYPE)
+    values = tl.load(ptrs) if mask is None else tl.load(ptrs, mask=mask, other=0.0)
+    return values.to(DTYPE)
 
 
 @triton.jit
 def scalar(x, DTYPE: tl.constexpr):
     """A number from the host (a pointer to it, or the bits of a float64) in the dtype of arithmetic."""
-    if x.dtype.is_ptr():
-        return tl.load(x).to(DTYPE)
-    return x.to(tl.int64).to(tl.float64, bitcast=True).to(DTYPE)
+    value = tl.load(x) if x.dtype.is_ptr() else x.to(tl.int64).to(tl.float64, bitcast=True)
+    return value.to(DTYPE)
 
 
 def host_scalar(x: float | Tensor | None) -> int | Tensor | None:

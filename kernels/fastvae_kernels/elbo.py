@@ -2,6 +2,8 @@
 then a tiny launch that folds the partial sums of both into (loss, recon term, KL term).
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -26,6 +28,7 @@ def _image_tile(
     TARGET_SCALE: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
+    """Errors of a tile; their gradient is stored on the way."""
     recon, target = load(recon_ptrs, mask, DTYPE), load(target_ptrs, mask, DTYPE)
     if TARGET_SCALE != 1:
         target = target * TARGET_SCALE
@@ -36,10 +39,96 @@ def _image_tile(
 
 
 @triton.jit
+def _image_program(
+    pid,
+    recon_ptr,
+    target_ptr,
+    drecon_ptr,
+    partials_ptr,
+    drecon_scale,
+    recon_strides,
+    target_strides,
+    drecon_strides,
+    sizes,
+    n_rows,
+    n_cols,
+    n_col_programs,
+    ERROR: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    TARGET_SCALE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    scale = scalar(drecon_scale, DTYPE)
+    col_program = pid % n_col_programs
+    first_row = (pid // n_col_programs) * BLOCK_ROWS
+    rows = first_row + tl.arange(0, BLOCK_ROWS)[:, None]
+    errors = tl.zeros([BLOCK_ROWS, BLOCK_COLS], DTYPE)
+    for step in range(STEPS):
+        first_col = (col_program * STEPS + step) * BLOCK_COLS
+        cols = first_col + tl.arange(0, BLOCK_COLS)[None, :]
+        recon_ptrs = recon_ptr + element_offsets(rows, cols, recon_strides, sizes)
+        target_ptrs = target_ptr + element_offsets(rows, cols, target_strides, sizes)
+        if drecon_ptr is None:
+            drecon_ptrs: tl.constexpr = None
+        else:
+            drecon_ptrs = drecon_ptr + element_offsets(rows, cols, drecon_strides, sizes)
+        if (first_row + BLOCK_ROWS <= n_rows) & (first_col + BLOCK_COLS <= n_cols):
+            errors += _image_tile(
+                recon_ptrs, target_ptrs, drecon_ptrs, scale, None, ERROR, GRADIENT, TARGET_SCALE, DTYPE
+            )
+        else:
+            mask = (rows < n_rows) & (cols < n_cols)
+            errors += _image_tile(
+                recon_ptrs, target_ptrs, drecon_ptrs, scale, mask, ERROR, GRADIENT, TARGET_SCALE, DTYPE
+            )
+    sums = tl.sum(errors, axis=1)[:, None]
+    tl.store(partials_ptr + rows * n_col_programs + col_program, sums, mask=rows < n_rows)
+
+
+@triton.jit
 def _kl_tile(mu_ptrs, logvar_ptrs, mask, low, high, DTYPE: tl.constexpr):
     logvar = clamp(load(logvar_ptrs, mask, DTYPE), low, high, DTYPE)
     kl = kl_element(load(mu_ptrs, mask, DTYPE), logvar, tl.exp(logvar), DTYPE)
     return kl if mask is None else tl.where(mask, kl, 0.0)
+
+
+@triton.jit
+def _latent_program(
+    pid,
+    mu_ptr,
+    logvar_ptr,
+    partials_ptr,
+    low,
+    high,
+    mu_strides,
+    logvar_strides,
+    sizes,
+    n_rows,
+    n_cols,
+    n_col_programs,
+    DTYPE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    col_program = pid % n_col_programs
+    first_row = (pid // n_col_programs) * BLOCK_ROWS
+    rows = first_row + tl.arange(0, BLOCK_ROWS)[:, None]
+    kls = tl.zeros([BLOCK_ROWS, BLOCK_COLS], DTYPE)
+    for step in range(STEPS):
+        first_col = (col_program * STEPS + step) * BLOCK_COLS
+        cols = first_col + tl.arange(0, BLOCK_COLS)[None, :]
+        mu_ptrs = mu_ptr + element_offsets(rows, cols, mu_strides, sizes)
+        logvar_ptrs = logvar_ptr + element_offsets(rows, cols, logvar_strides, sizes)
+        if (first_row + BLOCK_ROWS <= n_rows) & (first_col + BLOCK_COLS <= n_cols):
+            kls += _kl_tile(mu_ptrs, logvar_ptrs, None, low, high, DTYPE)
+        else:
+            kls += _kl_tile(mu_ptrs, logvar_ptrs, (rows < n_rows) & (cols < n_cols), low, high, DTYPE)
+    sums = tl.sum(kls, axis=1)[:, None]
+    tl.store(partials_ptr + rows * n_col_programs + col_program, sums, mask=rows < n_rows)
 
 
 @triton.jit(do_not_specialize=["drecon_scale", "low", "high"])
@@ -83,48 +172,18 @@ def _elbo_fwd_kernel(
     pid = tl.program_id(0).to(tl.int64)
     if pid < image_programs:
         if recon_ptr is not None:
-            scale = scalar(drecon_scale, IMAGE_DTYPE)
-            col_program = pid % image_col_programs
-            first_row = (pid // image_col_programs) * IMAGE_ROWS
-            rows = first_row + tl.arange(0, IMAGE_ROWS)[:, None]
-            errors = tl.zeros([IMAGE_ROWS, IMAGE_COLS], IMAGE_DTYPE)
-            for step in range(IMAGE_STEPS):
-                first_col = (col_program * IMAGE_STEPS + step) * IMAGE_COLS
-                cols = first_col + tl.arange(0, IMAGE_COLS)[None, :]
-                recon_ptrs = recon_ptr + element_offsets(rows, cols, recon_strides, image_sizes)
-                target_ptrs = target_ptr + element_offsets(rows, cols, target_strides, image_sizes)
-                drecon_ptrs = None
-                if drecon_ptr is not None:
-                    drecon_ptrs = drecon_ptr + element_offsets(rows, cols, drecon_strides, image_sizes)
-                if (first_row + IMAGE_ROWS <= image_rows) & (first_col + IMAGE_COLS <= image_cols):
-                    errors += _image_tile(
-                        recon_ptrs, target_ptrs, drecon_ptrs, scale, None, ERROR, GRADIENT, TARGET_SCALE, IMAGE_DTYPE
-                    )
-                else:
-                    mask = (rows < image_rows) & (cols < image_cols)
-                    errors += _image_tile(
-                        recon_ptrs, target_ptrs, drecon_ptrs, scale, mask, ERROR, GRADIENT, TARGET_SCALE, IMAGE_DTYPE
-                    )
-            sums = tl.sum(errors, axis=1)[:, None]
-            tl.store(recon_partials_ptr + rows * image_col_programs + col_program, sums, mask=rows < image_rows)
+            _image_program(
+                *(pid, recon_ptr, target_ptr, drecon_ptr, recon_partials_ptr, drecon_scale),
+                *(recon_strides, target_strides, drecon_strides, image_sizes),
+                *(image_rows, image_cols, image_col_programs),
+                *(ERROR, GRADIENT, TARGET_SCALE, IMAGE_DTYPE, IMAGE_ROWS, IMAGE_COLS, IMAGE_STEPS),
+            )
     elif mu_ptr is not None:
-        pid -= image_programs
-        col_program = pid % latent_col_programs
-        first_row = (pid // latent_col_programs) * LATENT_ROWS
-        rows = first_row + tl.arange(0, LATENT_ROWS)[:, None]
-        kls = tl.zeros([LATENT_ROWS, LATENT_COLS], LATENT_DTYPE)
-        for step in range(LATENT_STEPS):
-            first_col = (col_program * LATENT_STEPS + step) * LATENT_COLS
-            cols = first_col + tl.arange(0, LATENT_COLS)[None, :]
-            mu_ptrs = mu_ptr + element_offsets(rows, cols, mu_strides, latent_sizes)
-            logvar_ptrs = logvar_ptr + element_offsets(rows, cols, logvar_strides, latent_sizes)
-            if (first_row + LATENT_ROWS <= latent_rows) & (first_col + LATENT_COLS <= latent_cols):
-                kls += _kl_tile(mu_ptrs, logvar_ptrs, None, low, high, LATENT_DTYPE)
-            else:
-                mask = (rows < latent_rows) & (cols < latent_cols)
-                kls += _kl_tile(mu_ptrs, logvar_ptrs, mask, low, high, LATENT_DTYPE)
-        sums = tl.sum(kls, axis=1)[:, None]
-        tl.store(kl_partials_ptr + rows * latent_col_programs + col_program, sums, mask=rows < latent_rows)
+        _latent_program(
+            *(pid - image_programs, mu_ptr, logvar_ptr, kl_partials_ptr, low, high),
+            *(mu_strides, logvar_strides, latent_sizes, latent_rows, latent_cols, latent_col_programs),
+            *(LATENT_DTYPE, LATENT_ROWS, LATENT_COLS, LATENT_STEPS),
+        )
 
 
 @triton.jit(do_not_specialize=["recon_scale", "kl_scale", "recon_weight", "beta"])
@@ -157,8 +216,9 @@ def _elbo_fold_kernel(
     tl.store(recon_ptr + rows, recon.to(dtype), mask=mask)
     tl.store(kl_ptr + rows, kl.to(dtype), mask=mask)
     if weights_ptr is not None:
-        tl.store(weights_ptr, weight_recon.to(dtype))
-        tl.store(weights_ptr + 1, weight_kl.to(dtype))
+        first = tl.program_id(0) == 0
+        tl.store(weights_ptr, weight_recon.to(dtype), mask=first)
+        tl.store(weights_ptr + 1, weight_kl.to(dtype), mask=first)
 
 
 def elbo_fwd(
@@ -168,7 +228,7 @@ def elbo_fwd(
     logvar: Tensor | None,
     kl: Tensor | None,
     drecon: Tensor | None,
-    options,
+    options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return (loss, recon term, KL term, weights); write recon_weight * d(recon term)/d(recon) to `drecon` if it is
     given.
@@ -210,7 +270,7 @@ def elbo_fwd(
 
 
 def _folded(
-    recon_partials: Tensor, kl_partials: Tensor, options, batch: int, dtype: torch.dtype
+    recon_partials: Tensor, kl_partials: Tensor, options: Any, batch: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     shape = (batch,) if options.per_sample else ()
     loss, recon_term, kl_term = (recon_partials.new_empty(shape, dtype=dtype) for _ in range(3))

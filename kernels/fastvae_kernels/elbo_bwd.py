@@ -2,12 +2,14 @@
 read the upstream gradient and leave at once if that gradient is 1.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._tile import NUM_WARPS, element_offsets, host_scalar, load, part, scalar, triton_dtype
+from ._tile import NUM_WARPS, ONE_TILE_EACH, element_offsets, host_scalar, load, part, scalar, triton_dtype
 from .gaussian import clamp, expm1, inside
 from .likelihoods import l2_gradient, target_scale
 
@@ -18,9 +20,10 @@ _KL_BLOCK = 1024
 @triton.jit
 def _upstream(ptr, rows, n_rows, stride, DTYPE: tl.constexpr):
     """Upstream gradient of each row; 0 where none came."""
-    if ptr is None:
-        return tl.zeros(rows.shape, DTYPE)
-    return tl.load(ptr + rows * stride, mask=rows < n_rows, other=0.0).to(DTYPE)
+    gradient = tl.zeros(rows.shape, DTYPE)
+    if ptr is not None:
+        gradient = tl.load(ptr + rows * stride, mask=rows < n_rows, other=0.0).to(DTYPE)
+    return gradient
 
 
 @triton.jit
@@ -62,6 +65,81 @@ def _rescale_tile(ptr, strides, sizes, rows, cols, factor, mask, DTYPE: tl.const
 
 
 @triton.jit
+def _image_program(
+    pid,
+    dloss_ptr,
+    dterm_ptr,
+    dloss_stride,
+    dterm_stride,
+    recon_weight,
+    recon_scale,
+    recon_ptr,
+    target_ptr,
+    drecon_ptr,
+    dtarget_ptr,
+    recon_strides,
+    target_strides,
+    drecon_strides,
+    dtarget_strides,
+    sizes,
+    n_rows,
+    n_cols,
+    n_col_programs,
+    GRADIENT: tl.constexpr,
+    TARGET_SCALE: tl.constexpr,
+    HELD: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    col_program = pid % n_col_programs
+    first_row = (pid // n_col_programs) * BLOCK_ROWS
+    rows = first_row + tl.arange(0, BLOCK_ROWS)[:, None]
+    row_mask = rows < n_rows
+    dloss = _upstream(dloss_ptr, rows, n_rows, dloss_stride, DTYPE)
+    dterm = _upstream(dterm_ptr, rows, n_rows, dterm_stride, DTYPE)
+    weight = scalar(recon_weight, DTYPE)
+    coefficient = (weight * dloss + dterm) * scalar(recon_scale, DTYPE)
+
+    n_steps = STEPS
+    factor = coefficient
+    exact = False
+    if HELD:
+        factor = dloss + dterm / weight
+        # gradient 1: every row is as the forward pass left it
+        n_steps = tl.where(tl.sum(((factor != 1.0) & row_mask).to(tl.int32)) == 0, 0, STEPS)
+        exact = True
+        if drecon_ptr.dtype.element_ty.primitive_bitwidth < 32:
+            # a power of two moves the exponent alone; any other factor would round a second time
+            mantissa = factor.to(tl.int32, bitcast=True) & 0x007FFFFF
+            exact = tl.sum(((mantissa != 0) & row_mask).to(tl.int32)) == 0
+    for step in range(n_steps):
+        first_col = (col_program * STEPS + step) * BLOCK_COLS
+        cols = first_col + tl.arange(0, BLOCK_COLS)[None, :]
+        mask = row_mask & (cols < n_cols)
+        whole = (first_row + BLOCK_ROWS <= n_rows) & (first_col + BLOCK_COLS <= n_cols)
+        if exact:
+            if HELD:
+                if whole:
+                    _rescale_tile(drecon_ptr, drecon_strides, sizes, rows, cols, factor, None, DTYPE)
+                else:
+                    _rescale_tile(drecon_ptr, drecon_strides, sizes, rows, cols, factor, mask, DTYPE)
+        elif whole:
+            _recompute_tile(
+                *(recon_ptr, target_ptr, drecon_ptr, dtarget_ptr),
+                *(recon_strides, target_strides, drecon_strides, dtarget_strides, sizes),
+                *(rows, cols, coefficient, None, GRADIENT, TARGET_SCALE, DTYPE),
+            )
+        else:
+            _recompute_tile(
+                *(recon_ptr, target_ptr, drecon_ptr, dtarget_ptr),
+                *(recon_strides, target_strides, drecon_strides, dtarget_strides, sizes),
+                *(rows, cols, coefficient, mask, GRADIENT, TARGET_SCALE, DTYPE),
+            )
+
+
+@triton.jit
 def _latent_tile(
     mu_ptr,
     logvar_ptr,
@@ -89,6 +167,75 @@ def _latent_tile(
         dlogvar = 0.5 * coefficient * expm1(clamp(logvar, low, high, DTYPE), DTYPE)
         ptrs = dlogvar_ptr + element_offsets(rows, cols, dlogvar_strides, sizes)
         tl.store(ptrs, inside(logvar, low, high, dlogvar, DTYPE).to(ptrs.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _latent_program(
+    pid,
+    dloss_ptr,
+    dterm_ptr,
+    dloss_stride,
+    dterm_stride,
+    beta,
+    kl_scale,
+    mu_ptr,
+    logvar_ptr,
+    dmu_ptr,
+    dlogvar_ptr,
+    low,
+    high,
+    mu_strides,
+    logvar_strides,
+    dmu_strides,
+    dlogvar_strides,
+    sizes,
+    n_rows,
+    n_cols,
+    n_col_programs,
+    DTYPE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    first_row = (pid // n_col_programs) * BLOCK_ROWS
+    first_col = (pid % n_col_programs) * BLOCK_COLS
+    rows = first_row + tl.arange(0, BLOCK_ROWS)[:, None]
+    cols = first_col + tl.arange(0, BLOCK_COLS)[None, :]
+    dloss = _upstream(dloss_ptr, rows, n_rows, dloss_stride, DTYPE)
+    dterm = _upstream(dterm_ptr, rows, n_rows, dterm_stride, DTYPE)
+    coefficient = (scalar(beta, DTYPE) * dloss + dterm) * scalar(kl_scale, DTYPE)
+    if (first_row + BLOCK_ROWS <= n_rows) & (first_col + BLOCK_COLS <= n_cols):
+        _latent_tile(
+            *(mu_ptr, logvar_ptr, dmu_ptr, dlogvar_ptr),
+            *(mu_strides, logvar_strides, dmu_strides, dlogvar_strides, sizes),
+            *(rows, cols, coefficient, low, high, None, DTYPE),
+        )
+    else:
+        _latent_tile(
+            *(mu_ptr, logvar_ptr, dmu_ptr, dlogvar_ptr),
+            *(mu_strides, logvar_strides, dmu_strides, dlogvar_strides, sizes),
+            *(rows, cols, coefficient, low, high, (rows < n_rows) & (cols < n_cols), DTYPE),
+        )
+
+
+@triton.jit
+def _kl_program(
+    pid,
+    dloss_ptr,
+    dterm_ptr,
+    dloss_stride,
+    dterm_stride,
+    beta,
+    kl_scale,
+    dkl_ptr,
+    n_elements,
+    DTYPE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    rows = pid * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+    dloss = _upstream(dloss_ptr, rows, n_elements, dloss_stride, DTYPE)
+    dterm = _upstream(dterm_ptr, rows, n_elements, dterm_stride, DTYPE)
+    dkl = (scalar(beta, DTYPE) * dloss + dterm) * scalar(kl_scale, DTYPE)
+    tl.store(dkl_ptr + rows, dkl.to(dkl_ptr.dtype.element_ty), mask=rows < n_elements)
 
 
 @triton.jit(do_not_specialize=["recon_weight", "beta", "recon_scale", "kl_scale", "low", "high"])
@@ -146,82 +293,26 @@ def _elbo_bwd_kernel(
     pid = tl.program_id(0).to(tl.int64)
     if pid < image_programs:
         if recon_ptr is not None:
-            col_program = pid % image_col_programs
-            first_row = (pid // image_col_programs) * IMAGE_ROWS
-            rows = first_row + tl.arange(0, IMAGE_ROWS)[:, None]
-            row_mask = rows < image_rows
-            dloss = _upstream(dloss_ptr, rows, image_rows, upstream_strides[0], IMAGE_DTYPE)
-            dterm = _upstream(drecon_term_ptr, rows, image_rows, upstream_strides[1], IMAGE_DTYPE)
-            weight = scalar(recon_weight, IMAGE_DTYPE)
-            coefficient = (weight * dloss + dterm) * scalar(recon_scale, IMAGE_DTYPE)
-            rescale = False
-            leave = False
-            factor = coefficient
-            if HELD:
-                factor = dloss + dterm / weight
-                leave = tl.sum(((factor != 1.0) & row_mask).to(tl.int32)) == 0
-                if drecon_ptr.dtype.element_ty.primitive_bitwidth < 32:
-                    # a power of two only moves the exponent; any other factor would round a second time
-                    mantissa = factor.to(tl.int32, bitcast=True) & 0x007FFFFF
-                    rescale = tl.sum(((mantissa != 0) & row_mask).to(tl.int32)) == 0
-                else:
-                    rescale = True
-            if not leave:
-                for step in range(IMAGE_STEPS):
-                    first_col = (col_program * IMAGE_STEPS + step) * IMAGE_COLS
-                    cols = first_col + tl.arange(0, IMAGE_COLS)[None, :]
-                    mask = row_mask & (cols < image_cols)
-                    whole = (first_row + IMAGE_ROWS <= image_rows) & (first_col + IMAGE_COLS <= image_cols)
-                    if rescale:
-                        if whole:
-                            _rescale_tile(
-                                drecon_ptr, drecon_strides, image_sizes, rows, cols, factor, None, IMAGE_DTYPE
-                            )
-                        else:
-                            _rescale_tile(
-                                drecon_ptr, drecon_strides, image_sizes, rows, cols, factor, mask, IMAGE_DTYPE
-                            )
-                    elif whole:
-                        _recompute_tile(
-                            *(recon_ptr, target_ptr, drecon_ptr, dtarget_ptr),
-                            *(recon_strides, target_strides, drecon_strides, dtarget_strides, image_sizes),
-                            *(rows, cols, coefficient, None, GRADIENT, TARGET_SCALE, IMAGE_DTYPE),
-                        )
-                    else:
-                        _recompute_tile(
-                            *(recon_ptr, target_ptr, drecon_ptr, dtarget_ptr),
-                            *(recon_strides, target_strides, drecon_strides, dtarget_strides, image_sizes),
-                            *(rows, cols, coefficient, mask, GRADIENT, TARGET_SCALE, IMAGE_DTYPE),
-                        )
+            _image_program(
+                *(pid, dloss_ptr, drecon_term_ptr, upstream_strides[0], upstream_strides[1], recon_weight, recon_scale),
+                *(recon_ptr, target_ptr, drecon_ptr, dtarget_ptr),
+                *(recon_strides, target_strides, drecon_strides, dtarget_strides, image_sizes),
+                *(image_rows, image_cols, image_col_programs, GRADIENT, TARGET_SCALE, HELD),
+                *(IMAGE_DTYPE, IMAGE_ROWS, IMAGE_COLS, IMAGE_STEPS),
+            )
     elif pid < latent_programs:
         if mu_ptr is not None:
-            pid -= image_programs
-            first_row = (pid // latent_col_programs) * LATENT_ROWS
-            first_col = (pid % latent_col_programs) * LATENT_COLS
-            rows = first_row + tl.arange(0, LATENT_ROWS)[:, None]
-            cols = first_col + tl.arange(0, LATENT_COLS)[None, :]
-            dloss = _upstream(dloss_ptr, rows, latent_rows, upstream_strides[0], LATENT_DTYPE)
-            dterm = _upstream(dkl_term_ptr, rows, latent_rows, upstream_strides[2], LATENT_DTYPE)
-            coefficient = (scalar(beta, LATENT_DTYPE) * dloss + dterm) * scalar(kl_scale, LATENT_DTYPE)
-            if (first_row + LATENT_ROWS <= latent_rows) & (first_col + LATENT_COLS <= latent_cols):
-                _latent_tile(
-                    *(mu_ptr, logvar_ptr, dmu_ptr, dlogvar_ptr),
-                    *(mu_strides, logvar_strides, dmu_strides, dlogvar_strides, latent_sizes),
-                    *(rows, cols, coefficient, low, high, None, LATENT_DTYPE),
-                )
-            else:
-                mask = (rows < latent_rows) & (cols < latent_cols)
-                _latent_tile(
-                    *(mu_ptr, logvar_ptr, dmu_ptr, dlogvar_ptr),
-                    *(mu_strides, logvar_strides, dmu_strides, dlogvar_strides, latent_sizes),
-                    *(rows, cols, coefficient, low, high, mask, LATENT_DTYPE),
-                )
+            _latent_program(
+                *(pid - image_programs, dloss_ptr, dkl_term_ptr, upstream_strides[0], upstream_strides[2]),
+                *(beta, kl_scale, mu_ptr, logvar_ptr, dmu_ptr, dlogvar_ptr, low, high),
+                *(mu_strides, logvar_strides, dmu_strides, dlogvar_strides, latent_sizes),
+                *(latent_rows, latent_cols, latent_col_programs, LATENT_DTYPE, LATENT_ROWS, LATENT_COLS),
+            )
     elif dkl_ptr is not None:
-        rows = (pid - latent_programs) * KL_BLOCK + tl.arange(0, KL_BLOCK)
-        dloss = _upstream(dloss_ptr, rows, n_kl, upstream_strides[0], LATENT_DTYPE)
-        dterm = _upstream(dkl_term_ptr, rows, n_kl, upstream_strides[2], LATENT_DTYPE)
-        coefficient = (scalar(beta, LATENT_DTYPE) * dloss + dterm) * scalar(kl_scale, LATENT_DTYPE)
-        tl.store(dkl_ptr + rows, coefficient.to(dkl_ptr.dtype.element_ty), mask=rows < n_kl)
+        _kl_program(
+            *(pid - latent_programs, dloss_ptr, dkl_term_ptr, upstream_strides[0], upstream_strides[2]),
+            *(beta, kl_scale, dkl_ptr, n_kl, LATENT_DTYPE, KL_BLOCK),
+        )
 
 
 def elbo_bwd(
@@ -231,7 +322,7 @@ def elbo_bwd(
     logvar: Tensor | None,
     upstream: tuple[Tensor | None, Tensor | None, Tensor | None],
     gradients: tuple[Tensor | None, ...],
-    options,
+    options: Any,
     *,
     holds_forward_gradient: bool,
 ) -> None:
@@ -249,7 +340,7 @@ def elbo_bwd(
         options.per_sample,
         _MAX_IMAGE_PROGRAMS,
     )
-    latent = part([mu, logvar, dmu, dlogvar], dmu is not None or dlogvar is not None, options.per_sample, 1 << 62)
+    latent = part([mu, logvar, dmu, dlogvar], dmu is not None or dlogvar is not None, options.per_sample, ONE_TILE_EACH)
     latent_end = image.programs + latent.programs
     programs = latent_end + triton.cdiv(n_kl, _KL_BLOCK)
     if not programs:

@@ -9,19 +9,19 @@ from ._tile import scalar
 @triton.jit
 def clamp(logvar, low, high, DTYPE: tl.constexpr):
     """logvar within [low, high], NaN kept; None: no clamp. Plain min and max would drop a NaN on a GPU."""
-    if low is None:
-        return logvar
-    lo, hi = scalar(low, DTYPE), scalar(high, DTYPE)
-    return tl.where(logvar < lo, lo, tl.where(logvar > hi, hi, logvar))
+    if low is not None:
+        lo, hi = scalar(low, DTYPE), scalar(high, DTYPE)
+        logvar = tl.where(logvar < lo, lo, tl.where(logvar > hi, hi, logvar))
+    return logvar
 
 
 @triton.jit
 def inside(logvar, low, high, gradient, DTYPE: tl.constexpr):
     """The gradient of a clamped logvar: 0 outside the bounds, as torch.clamp's."""
-    if low is None:
-        return gradient
-    outside = (logvar < scalar(low, DTYPE)) | (logvar > scalar(high, DTYPE))
-    return tl.where(outside, 0.0, gradient)
+    if low is not None:
+        outside = (logvar < scalar(low, DTYPE)) | (logvar > scalar(high, DTYPE))
+        gradient = tl.where(outside, 0.0, gradient)
+    return gradient
 
 
 @triton.jit

@@ -80,16 +80,18 @@ def tile_normals(seed, first, BLOCK_COLS: tl.constexpr, RUN: tl.constexpr):
         w0, w1, w2, w3 = _words(seed, element >> 2)
         upper = (element & 2) != 0
         even, odd = normal_pair(tl.where(upper, w2, w0), tl.where(upper, w3, w1))
-        return tl.where((element & 1) != 0, odd, even)
-    counter = (first >> 2) + tl.arange(0, BLOCK_COLS // RUN)[None, :] * (RUN // 4)
-    n0, n1, n2, n3 = _four_normals(seed, counter)
-    # joined axes, from the last: odd, upper pair, second counter: the order of the elements, so that no lane moves
-    if RUN == 4:
-        run = tl.join(tl.join(n0, n2), tl.join(n1, n3))
+        normals = tl.where((element & 1) != 0, odd, even)
     else:
-        n4, n5, n6, n7 = _four_normals(seed, counter + 1)
-        run = tl.join(tl.join(tl.join(n0, n4), tl.join(n2, n6)), tl.join(tl.join(n1, n5), tl.join(n3, n7)))
-    return run.reshape(first.shape[0], BLOCK_COLS)
+        counter = (first >> 2) + tl.arange(0, BLOCK_COLS // RUN)[None, :] * (RUN // 4)
+        n0, n1, n2, n3 = _four_normals(seed, counter)
+        # joined axes, from the last: odd, upper pair, second counter: the order of the elements, so that no lane moves
+        if RUN == 4:
+            run = tl.join(tl.join(n0, n2), tl.join(n1, n3))
+        else:
+            n4, n5, n6, n7 = _four_normals(seed, counter + 1)
+            run = tl.join(tl.join(tl.join(n0, n4), tl.join(n2, n6)), tl.join(tl.join(n1, n5), tl.join(n3, n7)))
+        normals = run.reshape(first.shape[0], BLOCK_COLS)
+    return normals
 
 
 @triton.jit(do_not_specialize=["seed", "offset"])

@@ -2,30 +2,39 @@
 of reading it.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ._reduce import fold_rows
-from ._tile import NUM_WARPS, Tile, accumulator, element_offsets, host_scalar, layout, load, tile, triton_dtype
+from ._tile import (
+    NUM_WARPS,
+    ONE_TILE_EACH,
+    Tile,
+    accumulator,
+    element_offsets,
+    host_scalar,
+    layout,
+    load,
+    tile,
+    triton_dtype,
+)
 from .gaussian import clamp, expm1, inside, kl_element
 from .philox import noise_run, philox_normal, tile_normals
 
 
 @triton.jit
-def _sample_tile(
-    mu_ptrs, logvar_ptrs, z_ptrs, noise, mask, low, high, WITH_KL: tl.constexpr, DTYPE: tl.constexpr
-):  # fmt: skip
+def _sample_tile(mu_ptrs, logvar_ptrs, z_ptrs, noise, mask, low, high, DTYPE: tl.constexpr):
     mu = load(mu_ptrs, mask, DTYPE)
     logvar = clamp(load(logvar_ptrs, mask, DTYPE), low, high, DTYPE)
     sigma = tl.exp(0.5 * logvar)
     tl.store(z_ptrs, (mu + sigma * noise).to(z_ptrs.dtype.element_ty), mask=mask)
-    if WITH_KL:
-        kl = kl_element(mu, logvar, sigma * sigma, DTYPE)
-        # lanes outside hold mu = logvar = 0, whose KL is 0 unless a clamp moved that logvar
-        return kl if mask is None else tl.where(mask, kl, 0.0)
-    return mu
+    kl = kl_element(mu, logvar, sigma * sigma, DTYPE)
+    # lanes outside hold mu = logvar = 0, whose KL is 0 unless a clamp moved that logvar
+    return kl if mask is None else tl.where(mask, kl, 0.0)
 
 
 @triton.jit(do_not_specialize=["seed", "offset", "low", "high"])
@@ -62,13 +71,12 @@ def _reparam_kl_fwd_kernel(
     mu_ptrs = mu_ptr + element_offsets(rows, cols, mu_strides, sizes)
     logvar_ptrs = logvar_ptr + element_offsets(rows, cols, logvar_strides, sizes)
     z_ptrs = z_ptr + element_offsets(rows, cols, z_strides, sizes)
-    WITH_KL: tl.constexpr = kl_ptr is not None
     if (first_row + BLOCK_ROWS <= n_rows) & (first_col + BLOCK_COLS <= n_cols):
-        kl = _sample_tile(mu_ptrs, logvar_ptrs, z_ptrs, noise, None, low, high, WITH_KL, DTYPE)
+        kl = _sample_tile(mu_ptrs, logvar_ptrs, z_ptrs, noise, None, low, high, DTYPE)
     else:
         mask = (rows < n_rows) & (cols < n_cols)
-        kl = _sample_tile(mu_ptrs, logvar_ptrs, z_ptrs, noise, mask, low, high, WITH_KL, DTYPE)
-    if WITH_KL:
+        kl = _sample_tile(mu_ptrs, logvar_ptrs, z_ptrs, noise, mask, low, high, DTYPE)
+    if kl_ptr is not None:
         sums = tl.sum(kl, axis=1)[:, None]
         tl.store(kl_ptr + rows * n_col_programs + col_program, sums, mask=rows < n_rows)
 
@@ -142,11 +150,7 @@ def _reparam_kl_bwd_kernel(
         _gradient_tile(mu_ptrs, logvar_ptrs, dz_ptrs, dkl, dmu_ptrs, dlogvar_ptrs, noise, mask, low, high, DTYPE)
 
 
-def _bounds(clamp: tuple[float, float] | None) -> tuple:
-    return (None, None) if clamp is None else (host_scalar(clamp[0]), host_scalar(clamp[1]))
-
-
-def _constants(t: Tile, element_size: int, dtype: torch.dtype, n_rows: int, n_cols: int, offset: int) -> dict:
+def _constants(t: Tile, n_rows: int, n_cols: int, offset: int, element_size: int, dtype: torch.dtype) -> dict[str, Any]:
     starts = (offset,) if n_rows == 1 else (offset, n_cols)
     return {
         "RUN": noise_run(element_size, *starts),
@@ -158,32 +162,32 @@ def _constants(t: Tile, element_size: int, dtype: torch.dtype, n_rows: int, n_co
     }
 
 
-def reparam_kl_fwd(mu: Tensor, logvar: Tensor, noise, z: Tensor, logvar_clamp, *, with_kl: bool):
+def reparam_kl_fwd(
+    mu: Tensor, logvar: Tensor, noise: Any, z: Tensor, logvar_clamp: tuple[float, float] | None, *, with_kl: bool
+) -> tuple[Tensor | None, tuple[Tensor, ...]]:
     """Write z; return the KL of each sample (None unless asked for) and what the backward pass needs: nothing more.
 
     noise: has .seed (int64 or tensor of one) and .offset.
     """
-    at = layout([mu, logvar, z], by_sample=with_kl, c_order=True)
     dtype = accumulator(mu, logvar)
-    t = tile(at.n_rows, at.n_cols, z.element_size(), max_programs=1 << 62)
-    partials = kl = None
-    if with_kl:
-        partials = torch.empty(at.n_rows, t.col_programs, dtype=dtype, device=mu.device)
-        kl = partials.view(-1) if t.col_programs == 1 else torch.empty(at.n_rows, dtype=dtype, device=mu.device)
     if mu.numel() == 0:
-        return (None if kl is None else kl.zero_()), ()
+        return (mu.new_zeros(mu.shape[0], dtype=dtype) if with_kl else None), ()
+    at = layout([mu, logvar, z], by_sample=with_kl, c_order=True)
+    t = tile(at.n_rows, at.n_cols, z.element_size(), max_programs=ONE_TILE_EACH)
+    partials = mu.new_empty(at.n_rows, t.col_programs, dtype=dtype) if with_kl else None
+    low, high = logvar_clamp or (None, None)
     with torch.cuda.device_of(mu):
         _reparam_kl_fwd_kernel[(t.programs(at.n_rows),)](
-            *(mu, logvar, z, partials, noise.seed, noise.offset, *_bounds(logvar_clamp)),
+            *(mu, logvar, z, partials, noise.seed, noise.offset, host_scalar(low), host_scalar(high)),
             *(*at.strides, at.sizes, at.n_rows, at.n_cols, t.col_programs),
-            **_constants(t, z.element_size(), dtype, at.n_rows, at.n_cols, noise.offset),
+            **_constants(t, at.n_rows, at.n_cols, noise.offset, z.element_size(), dtype),
         )
-        if partials is not None and t.col_programs > 1:
-            fold_rows(partials, kl)
-    return kl, ()
+        return (None if partials is None else fold_rows(partials)), ()
 
 
-def spread(mu: Tensor, logvar: Tensor, saved, noise, logvar_clamp) -> Tensor:
+def spread(
+    mu: Tensor, logvar: Tensor, saved: list[Tensor], noise: Any, logvar_clamp: tuple[float, float] | None
+) -> Tensor:
     """sigma * noise, as the forward pass drew it."""
     dtype = accumulator(mu, logvar)
     logvar = logvar.detach().to(dtype)
@@ -194,13 +198,13 @@ def spread(mu: Tensor, logvar: Tensor, saved, noise, logvar_clamp) -> Tensor:
 def reparam_kl_bwd(
     mu: Tensor,
     logvar: Tensor,
-    saved,
+    saved: list[Tensor],
     dz: Tensor | None,
     dkl: Tensor | None,
     dmu: Tensor | None,
     dlogvar: Tensor | None,
-    noise,
-    logvar_clamp,
+    noise: Any,
+    logvar_clamp: tuple[float, float] | None,
 ) -> None:
     """Write the gradients that are asked for: dmu = dz + dkl mu; dlogvar = (dz sigma noise + dkl expm1(logvar)) / 2."""
     if mu.numel() == 0:
@@ -208,10 +212,11 @@ def reparam_kl_bwd(
     dz = dz if dz is None or dz.ndim <= 5 else dz.contiguous()  # mu and logvar came so
     at = layout([mu, logvar, dz, dmu, dlogvar], by_sample=dkl is not None, c_order=True)
     dtype = accumulator(mu, logvar)
-    t = tile(at.n_rows, at.n_cols, mu.element_size(), max_programs=1 << 62)
+    t = tile(at.n_rows, at.n_cols, mu.element_size(), max_programs=ONE_TILE_EACH)
+    low, high = logvar_clamp or (None, None)
     with torch.cuda.device_of(mu):
         _reparam_kl_bwd_kernel[(t.programs(at.n_rows),)](
-            *(mu, logvar, dz, dkl, dmu, dlogvar, noise.seed, noise.offset, *_bounds(logvar_clamp)),
+            *(mu, logvar, dz, dkl, dmu, dlogvar, noise.seed, noise.offset, host_scalar(low), host_scalar(high)),
             *(*at.strides, 0 if dkl is None else dkl.stride(0), at.sizes, at.n_rows, at.n_cols, t.col_programs),
-            **_constants(t, mu.element_size(), dtype, at.n_rows, at.n_cols, noise.offset),
+            **_constants(t, at.n_rows, at.n_cols, noise.offset, mu.element_size(), dtype),
         )
