@@ -1,13 +1,13 @@
 """Weights and config of a model in a directory: safetensors and JSON, no pickle, never half a file."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._files import write_bytes, write_json
 from .config import VAEConfig
 
 WEIGHTS = "model.safetensors"
@@ -20,8 +20,8 @@ def save(directory: Path, config: VAEConfig, state: dict[str, Tensor]) -> None:
     metadata = {"format": "pt", "config": json.dumps(config.to_dict())}
     weights = safetensors.torch.save({name: tensor.contiguous() for name, tensor in state.items()}, metadata)
     directory.mkdir(parents=True, exist_ok=True)
-    write_atomically(directory / WEIGHTS, weights)
-    write_atomically(directory / CONFIG, (json.dumps(config.to_dict(), indent=2) + "\n").encode())
+    write_bytes(directory / WEIGHTS, weights)
+    write_json(directory / CONFIG, config.to_dict())
 
 
 def load(directory: Path, device: torch.device | str) -> tuple[VAEConfig, dict[str, Tensor]]:
@@ -53,23 +53,6 @@ def load(directory: Path, device: torch.device | str) -> tuple[VAEConfig, dict[s
             f"was edited. The weights were saved with {metadata['config']}; put that into {CONFIG}, or save again."
         )
     return config, state
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace `path` by `content` as a whole or not at all.
-
-    A kill leaves at most a hidden file beside it, which the next write of `path` reuses.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _read_config(path: Path) -> VAEConfig:

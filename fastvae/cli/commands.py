@@ -1,0 +1,34 @@
+"""The subcommands: options, what runs them, and the help that teaches them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fastvae.training import TrainConfig
+
+from . import doctor, evaluate, pictures, train
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand.
+
+    Attributes:
+        options: Dataclass of its options, which all have a docstring.
+        run: Takes the options, returns the exit status.
+        help: One line, then examples.
+    """
+
+    options: type
+    run: Callable[[Any], int]
+    help: str
+
+
+COMMANDS = {
+    "train": Command(TrainConfig, train.run, train.HELP),
+    "sample": Command(pictures.Sample, pictures.sample, pictures.SAMPLE_HELP),
+    "reconstruct": Command(pictures.Reconstruct, pictures.reconstruct, pictures.RECONSTRUCT_HELP),
+    "interpolate": Command(pictures.Interpolate, pictures.interpolate, pictures.INTERPOLATE_HELP),
+    "evaluate": Command(evaluate.Evaluate, evaluate.run, evaluate.HELP),
+    "doctor": Command(doctor.Doctor, doctor.run, doctor.HELP),
+}

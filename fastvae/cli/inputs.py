@@ -1,0 +1,76 @@
+"""What several subcommands need: the model, images for it, and a free place for the result."""
+
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from fastvae import data
+from fastvae.models import VAE
+from fastvae.training import TrainConfig
+from fastvae.training.loop import resolve_device
+
+
+def load_model(path: Path, device: str) -> VAE:
+    """The model of a run folder, or of a folder that `save_pretrained` made.
+
+    Raises:
+        FileNotFoundError: neither is there.
+        ValueError: unknown device, or a damaged model.
+    """
+    if not path.is_dir():
+        raise FileNotFoundError(f"no model: {path} is not a folder. Pass a run folder, or a folder of save_pretrained.")
+    return VAE.from_pretrained(path / "model" if is_run(path) else path, device=resolve_device(device)).eval()
+
+
+def is_run(path: Path) -> bool:
+    """Whether `path` is a run folder with a model in it."""
+    return (path / "model").is_dir()
+
+
+def load_images(model_path: Path, model: VAE, source: str | None) -> tuple[Dataset[Any], Dataset[Any], str]:
+    """Images to use the model on, images that a baseline may learn from, and words for the first.
+
+    Of the data that the run was trained on these are the validation and the training images, since the model knows the
+    latter; of other data both are all images. Images are resized to the model's size.
+
+    Raises:
+        ValueError: no data to take, or another number of channels than the model's.
+    """
+    run = TrainConfig.from_run(model_path) if is_run(model_path) else None
+    if source is None and run is None:
+        raise ValueError(f"{model_path} is not a run folder, so it does not say which images to take. Pass --data.")
+    name = source or (run.data if run else "")
+    images = data.load(name, image_size=model.config.image_size)
+    if images.shape[0] != model.config.channels:
+        raise ValueError(
+            f"the model is for {model.config.channels} channels, the images of {name} have {images.shape[0]}. "
+            "Pass --data with images like those it was trained on."
+        )
+    if run and run.data == name:
+        train, validation = data.split(images, validation=run.validation)
+        return validation, train, f"the {len(validation)} validation images of {name}"
+    return images, images, f"all {len(images)} images of {name}"
+
+
+def require_free(path: Path, *, force: bool) -> None:
+    """Refuse to overwrite a file unless told to, and make the folder for it.
+
+    Raises:
+        FileExistsError: `path` exists, and `force` is not set or it is a folder.
+    """
+    if path.is_dir():
+        raise FileExistsError(f"{path} is a folder. Pass a file name with --out.")
+    if path.exists() and not force:
+        raise FileExistsError(f"{path} exists already. Choose another --out, or overwrite it with --force.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def require_positive(name: str, value: int, *, least: int = 1) -> None:
+    """Refuse a count that is too small.
+
+    Raises:
+        ValueError: `value` is below `least`.
+    """
+    if value < least:
+        raise ValueError(f"--{name} must be at least {least}; got {value}.")

@@ -1,0 +1,126 @@
+"""`fastvae sample`, `reconstruct`, `interpolate`: a picture each.
+
+matplotlib comes in with the functions, since loading it would slow down every command and `--help`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from fastvae.training.batches import spread_images
+
+from .inputs import load_images, load_model, require_free, require_positive
+
+SAMPLE_HELP = """Draw new images from the prior, as a grid in a PNG.
+
+Examples:
+  fastvae sample --model runs/fashion-mnist-20260101-120000
+  fastvae sample --model my-model --n 100 --seed 7 --out grid.png
+"""
+RECONSTRUCT_HELP = """Show images above their reconstructions, as a grid in a PNG.
+
+Examples:
+  fastvae reconstruct --model runs/fashion-mnist-20260101-120000
+  fastvae reconstruct --model my-model --data my-photos/ --n 20 --out grid.png
+"""
+INTERPOLATE_HELP = """Walk through the latent space from one image to another, a row each, as a PNG.
+
+Examples:
+  fastvae interpolate --model runs/fashion-mnist-20260101-120000
+  fastvae interpolate --model my-model --data images.npy --n 4 --steps 15 --mode linear
+"""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Options of `fastvae sample`."""
+
+    model: Path
+    """Run folder of `fastvae train`, or a folder that save_pretrained made."""
+    n: int = 64
+    """Images to draw."""
+    seed: int = 0
+    """Seed of the latents; the same seed gives the same latents on every device."""
+    out: Path = Path("samples.png")
+    """PNG file to write."""
+    force: bool = False
+    """Overwrite the file if it exists."""
+    device: str = "auto"
+    """Where to compute: "auto", "cpu", "cuda", ..."""
+
+
+@dataclass(frozen=True)
+class Reconstruct:
+    """Options of `fastvae reconstruct`."""
+
+    model: Path
+    """Run folder of `fastvae train`, or a folder that save_pretrained made."""
+    data: str | None = None
+    """Images, as in `fastvae train --data`; the run's own validation images if not given."""
+    n: int = 40
+    """Images to reconstruct."""
+    out: Path = Path("reconstructions.png")
+    """PNG file to write."""
+    force: bool = False
+    """Overwrite the file if it exists."""
+    device: str = "auto"
+    """Where to compute: "auto", "cpu", "cuda", ..."""
+
+
+@dataclass(frozen=True)
+class Interpolate:
+    """Options of `fastvae interpolate`."""
+
+    model: Path
+    """Run folder of `fastvae train`, or a folder that save_pretrained made."""
+    data: str | None = None
+    """Images, as in `fastvae train --data`; the run's own validation images if not given."""
+    n: int = 8
+    """Rows, each between two images."""
+    steps: int = 9
+    """Images in a row, both ends included."""
+    mode: Literal["spherical", "linear"] = "spherical"
+    """Way through the latent space; "spherical" stays where the prior has its mass."""
+    out: Path = Path("interpolations.png")
+    """PNG file to write."""
+    force: bool = False
+    """Overwrite the file if it exists."""
+    device: str = "auto"
+    """Where to compute: "auto", "cpu", "cuda", ..."""
+
+
+def sample(options: Sample) -> int:
+    """Write the picture of `fastvae sample`."""
+    from fastvae.training import pictures
+
+    require_positive("n", options.n)
+    require_free(options.out, force=options.force)
+    model = load_model(options.model, options.device)
+    print(pictures.save_samples(options.out, model, n=options.n, seed=options.seed))
+    return 0
+
+
+def reconstruct(options: Reconstruct) -> int:
+    """Write the picture of `fastvae reconstruct`."""
+    from fastvae.training import pictures
+
+    require_positive("n", options.n)
+    require_free(options.out, force=options.force)
+    model = load_model(options.model, options.device)
+    images, _, _ = load_images(options.model, model, options.data)
+    print(pictures.save_reconstructions(options.out, model, spread_images(images, options.n)))
+    return 0
+
+
+def interpolate(options: Interpolate) -> int:
+    """Write the picture of `fastvae interpolate`."""
+    from fastvae.training import pictures
+
+    require_positive("n", options.n)
+    require_positive("steps", options.steps, least=2)
+    require_free(options.out, force=options.force)
+    model = load_model(options.model, options.device)
+    dataset, _, _ = load_images(options.model, model, options.data)
+    images = spread_images(dataset, 2 * options.n)
+    print(pictures.save_interpolations(options.out, model, images, steps=options.steps, mode=options.mode))
+    return 0

@@ -1,0 +1,84 @@
+"""Batches of images: their order, their loading, and their labels."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+
+def epoch_order(n_images: int, batch_size: int, *, seed: int, epoch: int) -> list[list[int]]:
+    """Which images make up each batch of an epoch: a permutation that follows from (seed, epoch) alone.
+
+    A resumed run therefore finds its place in the epoch from the step. Every batch is full; the remainder is left out.
+    """
+    order = np.random.default_rng([seed, epoch]).permutation(n_images)
+    n_batches = n_images // batch_size
+    return order[: n_batches * batch_size].reshape(n_batches, batch_size).tolist()
+
+
+def load_batches(
+    dataset: Dataset[Any], order: Sequence[Sequence[int]], *, workers: int = 0, device: torch.device | None = None
+) -> DataLoader[Tensor]:
+    """A loader of image tensors [batch, C, H, W], uint8 or float in [0, 1], one for each list of `order`.
+
+    Draws nothing from torch's default generator, so that loading does not move the noise of the training.
+    """
+    return DataLoader(
+        dataset,
+        batch_sampler=order,  # type: ignore[arg-type]
+        num_workers=workers,
+        collate_fn=stack_images,
+        pin_memory=device is not None and device.type == "cuda",
+        generator=torch.Generator(),
+    )
+
+
+def all_batches(
+    dataset: Dataset[Any], batch_size: int, *, workers: int = 0, device: torch.device | None = None
+) -> DataLoader[Tensor]:
+    """A loader of all images in their own order; the last batch may be smaller."""
+    n_images = len(dataset)  # type: ignore[arg-type]
+    order = [list(range(i, min(i + batch_size, n_images))) for i in range(0, n_images, batch_size)]
+    return load_batches(dataset, order, workers=workers, device=device)
+
+
+def stack_images(samples: Sequence[Any]) -> Tensor:
+    """One tensor [batch, C, H, W] of the images of a batch; of (image, label, ...) samples, the image.
+
+    Raises:
+        ValueError: an image is not [C, H, W].
+        TypeError: a sample is neither a tensor nor a tuple that starts with one.
+    """
+    images = [sample[0] if isinstance(sample, tuple | list) else sample for sample in samples]
+    first = images[0]
+    if not isinstance(first, Tensor):
+        raise TypeError(
+            f"a dataset must give tensors, or tuples that start with one; got {type(first).__name__}. "
+            "Convert the images in its __getitem__."
+        )
+    if first.ndim != 3:
+        raise ValueError(
+            f"a dataset must give images [channels, height, width]; got {tuple(first.shape)}. "
+            "Use unsqueeze(0) on gray images."
+        )
+    return torch.stack(images)
+
+
+def spread_images(dataset: Dataset[Any], n: int) -> Tensor:
+    """`n` images (all, if there are fewer) at even distances, as one tensor."""
+    total = len(dataset)  # type: ignore[arg-type]
+    spread = [i * total // min(n, total) for i in range(min(n, total))]
+    images: Tensor = next(iter(load_batches(dataset, [spread])))
+    return images
+
+
+def labels_of(dataset: Any) -> Tensor | None:
+    """Labels of the images, if the dataset (or the one that it is a subset of) has an attribute `labels`."""
+    if hasattr(dataset, "indices") and hasattr(dataset, "dataset"):
+        labels = labels_of(dataset.dataset)
+        return None if labels is None else labels[torch.as_tensor(dataset.indices)]
+    labels = getattr(dataset, "labels", None)
+    return None if labels is None else torch.as_tensor(labels)

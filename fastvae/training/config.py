@@ -1,0 +1,154 @@
+"""The options of a training run."""
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, Self
+
+CONFIG_FILE = "config.json"
+
+# what a resumed run may change without changing what it learns; `out` and `resume` only say where the run folder is
+FREE_ON_RESUME = frozenset({"out", "resume", "device", "workers", "log_every", "checkpoint_every"})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a training run; the same config gives the same weights, bit for bit, on one CPU.
+
+    Raises:
+        ValueError: an option is outside its range (says which, and what is allowed).
+    """
+
+    data: str = "fashion-mnist"
+    """Images to learn: "fashion-mnist" (comes with fastvae), a folder of images, x.npy, x.npz or idx:DIR."""
+    out: Path | None = None
+    """Run folder to create; runs/DATA-TIMESTAMP if not given. Nothing is ever overwritten in it."""
+    resume: Path | None = None
+    """Run folder to continue from its last checkpoint; the other options are taken from it."""
+    image_size: tuple[int, int] | None = None
+    """Height and width to resize every image to; the images' own size if not given."""
+    validation: float = 0.1
+    """Share of the images held out for validation; which images does not depend on the seed."""
+    epochs: int = 20
+    """Passes over the training images."""
+    batch_size: int = 128
+    """Images in a training step; images that do not fill a last batch wait for another epoch's order."""
+    learning_rate: float = 2e-3
+    """Peak learning rate of AdamW."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up before the cosine decay, at most a tenth of the run."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of AdamW."""
+    clip_norm: float = 100.0
+    """Largest norm of the gradient; a larger one is scaled down to it."""
+    beta: float = 1.0
+    """Weight of the KL term in the loss; 1 is the negative ELBO."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the model: fp32, or autocast to bf16 or fp16 (fp16 with loss scaling)."""
+    seed: int = 0
+    """Seed of the weights, the noise and the order of the images."""
+    device: str = "auto"
+    """Where to train: "auto" (the accelerator if there is one, else the CPU), "cpu", "cuda", "cuda:1", "mps", ..."""
+    workers: int = 0
+    """Processes that load images; 0 loads them in the training process."""
+    log_every: int = 20
+    """Steps between two lines of training metrics."""
+    checkpoint_every: int = 200
+    """Steps between two checkpoints; the last step is always saved."""
+    backbone: Literal["conv", "mlp"] = "conv"
+    """Encoder and decoder: convolutional, or fully connected."""
+    latent_dim: int = 32
+    """Dimensions of the latent space."""
+    width: int = 32
+    """Channels of the first convolutional stage (conv)."""
+    hidden: int = 400
+    """Units of the hidden layers (mlp)."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "log_every", "checkpoint_every", "latent_dim", "width", "hidden"):
+            _require(getattr(self, name) >= 1, self, name, "at least 1")
+        for name in ("warmup_steps", "workers", "seed"):
+            _require(getattr(self, name) >= 0, self, name, "at least 0")
+        for name in ("learning_rate", "clip_norm"):
+            value = getattr(self, name)
+            _require(value > 0 and math.isfinite(value), self, name, "a positive finite number")
+        for name in ("weight_decay", "beta"):
+            value = getattr(self, name)
+            _require(value >= 0 and math.isfinite(value), self, name, "a finite number, at least 0")
+        _require(0 < self.validation < 1, self, "validation", "between 0 and 1, both excluded")
+        _require(self.image_size is None or min(self.image_size) >= 1, self, "image_size", "two sizes of at least 1")
+        _require(self.precision in ("fp32", "bf16", "fp16"), self, "precision", "fp32, bf16 or fp16")
+
+    def to_json(self) -> dict[str, Any]:
+        """The options as plain JSON values; what `from_json` reads."""
+        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """The config that `to_json` wrote.
+
+        Raises:
+            ValueError: a name is no option of this version.
+        """
+        unknown = sorted(values.keys() - {field.name for field in fields(cls)})
+        if unknown:
+            raise ValueError(
+                f"a run's config has options that this version of fastvae does not know: {', '.join(unknown)}. "
+                "Use the version that wrote it."
+            )
+        paths = {name: Path(values[name]) for name in ("out", "resume") if values.get(name) is not None}
+        size = values.get("image_size")
+        return cls(**{**values, **paths, "image_size": None if size is None else tuple(size)})
+
+    @classmethod
+    def from_run(cls, run: Path) -> Self:
+        """The config of a run folder, set to resume it.
+
+        Raises:
+            FileNotFoundError: the folder holds no run.
+            ValueError: its config.json cannot be read.
+        """
+        return replace(cls.from_json(read_run_config(run)), out=None, resume=run)
+
+    def require_same(self, other: Self, owner: str) -> None:
+        """Check that `other` would learn what this config learns; `owner` says in the error whose config this is.
+
+        Raises:
+            ValueError: names the options that differ, with both values.
+        """
+        different = [
+            f"{field.name} was {getattr(self, field.name)!r}, now {getattr(other, field.name)!r}"
+            for field in fields(self)
+            if field.name not in FREE_ON_RESUME and getattr(self, field.name) != getattr(other, field.name)
+        ]
+        if different:
+            raise ValueError(
+                f"{owner} has other options: {'; '.join(different)}. Leave them as they were, or start a new run."
+            )
+
+
+def read_run_config(run: Path) -> dict[str, Any]:
+    """The JSON object in a run folder's config.json.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a JSON object.
+    """
+    path = run / CONFIG_FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{run} is not a run folder: it has no {CONFIG_FILE}. Pass a folder that training made."
+        )
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # both JSON and encoding errors are ValueErrors
+        raise ValueError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a JSON object; it holds a {type(values).__name__}.")
+    return values
+
+
+def _require(holds: bool, config: TrainConfig, name: str, allowed: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} must be {allowed}; got {getattr(config, name)!r}.")

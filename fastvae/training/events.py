@@ -1,0 +1,50 @@
+"""What a training run reports while it goes on; `train` itself prints nothing."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .evaluation import Evaluation
+
+
+@dataclass(frozen=True)
+class Started:
+    """Data, model and run folder are ready."""
+
+    run: Path
+    device: str
+    train_images: int
+    validation_images: int
+    parameters: int
+    step: int
+    """Updates done already; 0 unless the run is resumed."""
+    total_steps: int
+    baseline: float
+    """Validation nats per image of the latent-free baseline."""
+
+
+@dataclass(frozen=True)
+class Logged:
+    """A line went into metrics.jsonl."""
+
+    record: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint was written."""
+
+    step: int
+    path: Path
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The run is complete."""
+
+    run: Path
+    evaluation: Evaluation
+    pictures: list[Path]
+
+
+Event = Started | Logged | Saved | Finished

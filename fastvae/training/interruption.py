@@ -1,0 +1,63 @@
+"""Ctrl-C and SIGTERM end a run after the step in progress, with a checkpoint."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from signal import Signals
+from types import FrameType
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """A signal ended the training; its last step is saved.
+
+    Attributes:
+        run: Run folder to resume.
+        step: Updates done.
+        signal: The signal that came.
+    """
+
+    def __init__(self, run: Path, step: int, signal: Signals) -> None:
+        super().__init__(f"training stopped by {signal.name} after step {step}, which is saved in {run}")
+        self.run = run
+        self.step = step
+        self.signal = signal
+
+
+@dataclass
+class PendingSignal:
+    """The signal that came while a step was in progress, if one did."""
+
+    signal: Signals | None = None
+
+
+@contextmanager
+def deferred_signals() -> Iterator[PendingSignal]:
+    """Note SIGINT and SIGTERM instead of acting on them; a second one acts as it would have without this.
+
+    Only the main thread may handle signals; in any other thread nothing is changed.
+    """
+    pending = PendingSignal()
+    if threading.current_thread() is not threading.main_thread():
+        yield pending
+        return
+    watched = (signal.SIGINT, signal.SIGTERM)
+    # a handler that C code installed reads as None, and cannot be put back from here
+    previous = {number: signal.getsignal(number) or signal.SIG_DFL for number in watched}
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    def note(number: int, frame: FrameType | None) -> None:
+        pending.signal = Signals(number)
+        restore()
+
+    for number in watched:
+        signal.signal(number, note)
+    try:
+        yield pending
+    finally:
+        restore()

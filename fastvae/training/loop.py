@@ -1,0 +1,214 @@
+"""The training loop, top to bottom."""
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+import fastvae
+from fastvae import data
+from fastvae.models import VAE, VAEConfig
+
+from .._files import write_json
+from .batches import epoch_order, load_batches, stack_images
+from .checkpoint import CHECKPOINT_FILE, load_checkpoint, save_checkpoint
+from .config import CONFIG_FILE, TrainConfig
+from .evaluation import Evaluation, baseline_nats, evaluate
+from .events import Event, Finished, Logged, Saved, Started
+from .interruption import TrainingInterrupted, deferred_signals
+from .metrics import FiniteWatch, RunningMean, bits_per_dim
+from .run_folder import MetricsFile, choose_run_folder
+from .schedule import learning_rate
+
+# devices where reading a value waits for nothing; on others the loss is checked when it is read anyway
+CHECKED_EACH_STEP = frozenset({"cpu"})
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run left behind.
+
+    Attributes:
+        run: Run folder.
+        evaluation: The model on the validation images.
+        baseline: Nats per validation image of the latent-free baseline, the per-pixel mean of the training images.
+        pictures: PNG files in the run folder.
+    """
+
+    run: Path
+    evaluation: Evaluation
+    baseline: float
+    pictures: list[Path]
+
+
+def train(
+    config: TrainConfig, *, dataset: Dataset[Any] | None = None, on_event: Callable[[Event], None] | None = None
+) -> TrainResult:
+    """Train a VAE, and leave weights, metrics, checkpoint and pictures in a run folder.
+
+    On a CPU the weights follow from the config bit for bit, however often the run was stopped and resumed. torch's
+    default random generators are reseeded. SIGINT and SIGTERM are acted on between two steps while training.
+
+    Args:
+        config: Options of the run.
+        dataset: Images [C, H, W], uint8 or float in [0, 1], or tuples that start with one; `config.data` if None.
+        on_event: Called with each `Event`, in the thread of the training.
+
+    Returns:
+        Where the results are, and the final figures.
+
+    Raises:
+        FileExistsError: the run folder holds something already.
+        ValueError: the options do not fit the data, or not the run that is resumed, or a checkpoint is damaged.
+        NonFiniteLossError: the loss or its gradient was not finite; the last good checkpoint is kept.
+        TrainingInterrupted: a signal came; the run is saved and can be resumed.
+    """
+    # here: matplotlib is slow to load, and missing it should show before the training, not after
+    from . import pictures
+
+    notify = on_event or (lambda event: None)
+    device = resolve_device(config.device)
+    run = choose_run_folder(config)
+    if dataset is None:
+        dataset = data.load(config.data, image_size=config.image_size)
+    train_set, validation_set = data.split(dataset, validation=config.validation)
+    shape = tuple(stack_images([train_set[0]]).shape[1:])
+    batch_size = min(config.batch_size, len(train_set))
+    steps_per_epoch = len(train_set) // batch_size
+    total_steps = config.epochs * steps_per_epoch
+    baseline = baseline_nats(train_set, validation_set, workers=config.workers)
+
+    torch.manual_seed(config.seed)
+    model = VAE(model_config(config, shape)).to(device)
+    criterion = fastvae.VAELoss(beta=config.beta, return_terms=True)
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(
+        parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=device.type in ("cpu", "cuda")
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+    running = RunningMean(device)
+    watch = FiniteWatch(device)
+    stateful: dict[str, Any] = {"model": model, "optimizer": optimizer, "scaler": scaler, "running": running}
+    images_id = {"train": len(train_set), "validation": len(validation_set), "shape": list(shape)}
+
+    step = 0
+    if config.resume and (run / CHECKPOINT_FILE).exists():
+        state = load_checkpoint(run / CHECKPOINT_FILE, config=config, images=images_id)
+        step = state["step"]
+        for name, part in stateful.items():
+            part.load_state_dict(state[name])
+    run.mkdir(parents=True, exist_ok=True)
+    write_json(run / CONFIG_FILE, replace(config, out=run, resume=None).to_json())
+    metrics = MetricsFile(run / "metrics.jsonl", step=step)
+    n_parameters = sum(p.numel() for p in parameters)
+    notify(Started(run, str(device), len(train_set), len(validation_set), n_parameters, step, total_steps, baseline))
+
+    def log(split: str, loss: float, recon: float, kl: float, **more: float) -> None:
+        nats = recon + kl
+        record = {"step": step, "epoch": -(-step // steps_per_epoch), "split": split}
+        record |= {"loss": loss, "recon": recon, "kl": kl, "nats": nats}
+        record |= {"bits_per_dim": bits_per_dim(nats, math.prod(shape)), **more}
+        metrics.append(record)
+        notify(Logged(record))
+
+    def save() -> None:
+        watch.check()  # never replace a good checkpoint by a broken one
+        state = {name: part.state_dict() for name, part in stateful.items()}
+        save_checkpoint(run / CHECKPOINT_FILE, config=config, images=images_id, state={"step": step, **state})
+        model.save_pretrained(run / "model")
+        notify(Saved(step, run / CHECKPOINT_FILE))
+
+    with deferred_signals() as pending:
+        while step < total_steps:
+            epoch, done = divmod(step, steps_per_epoch)
+            order = epoch_order(len(train_set), batch_size, seed=config.seed, epoch=epoch)[done:]
+            logged_at, logged_step = time.perf_counter(), step
+            for batch in load_batches(train_set, order, workers=config.workers, device=device):
+                images = batch.to(device, non_blocking=True)
+                rate = learning_rate(
+                    step, peak=config.learning_rate, warmup_steps=config.warmup_steps, total_steps=total_steps
+                )
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                with autocast(device, config.precision):
+                    out = model(images)
+                    terms = criterion(out.recon, images, kl=out.kl)
+                scaler.scale(terms.loss).backward()
+                scaler.unscale_(optimizer)
+                norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
+                step += 1
+
+                running.add(terms)
+                # loss scaling meets infinite gradients on its way and skips those steps
+                watch.add(step, terms.loss if scaler.is_enabled() else terms.loss + norm)
+                at_log = step % config.log_every == 0 or step == total_steps
+                if at_log or device.type in CHECKED_EACH_STEP:
+                    watch.check()
+                if at_log:
+                    now = time.perf_counter()
+                    speed = (step - logged_step) * batch_size / (now - logged_at)
+                    log("train", *running.take(), lr=rate, images_per_second=speed)
+                    logged_at, logged_step = now, step
+                if step % steps_per_epoch == 0:
+                    watch.check()
+                    scores, _ = evaluate(model, validation_set, workers=config.workers)
+                    log("validation", scores.recon + config.beta * scores.kl, scores.recon, scores.kl, lr=rate)
+                if step % config.checkpoint_every == 0 or step == total_steps or pending.signal:
+                    save()
+                if pending.signal:
+                    raise TrainingInterrupted(run, step, pending.signal)
+
+    evaluation, latents = evaluate(model, validation_set, workers=config.workers)
+    write_json(run / "evaluation.json", {**asdict(evaluation), "baseline": baseline})
+    drawn = pictures.save_all(run, model, validation_set, latents, records=metrics.records, baseline=baseline)
+    notify(Finished(run, evaluation, drawn))
+    return TrainResult(run, evaluation, baseline, drawn)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of an option such as "auto", "cpu" or "cuda:1".
+
+    Raises:
+        ValueError: unknown, or not there on this machine.
+    """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if name == "auto":
+        return accelerator or torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f'device must be "auto", "cpu", "cuda", "cuda:1", "mps", ...; got {name!r}.') from error
+    if device.type != "cpu":
+        count = torch.accelerator.device_count() if accelerator and accelerator.type == device.type else 0
+        if (device.index or 0) >= count:
+            raise ValueError(f"device {name!r} is not there: this machine has {count} of that kind. Use auto or cpu.")
+    return device
+
+
+def model_config(config: TrainConfig, shape: tuple[int, ...]) -> VAEConfig:
+    """The model that the options ask for, for images of `shape`, (channels, height, width)."""
+    channels, height, width = shape
+    return VAEConfig(
+        image_size=(height, width),
+        channels=channels,
+        backbone=config.backbone,
+        latent_dim=config.latent_dim,
+        width=config.width,
+        hidden=config.hidden,
+    )
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """Autocast to the precision asked for; nothing for fp32."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[precision])

@@ -1,0 +1,359 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastvae.cli import doctor, main
+from fastvae.training import TrainingInterrupted
+from fastvae.training.events import Logged, Started
+
+EXTRA = "the command line needs the extra [train]"
+Image = pytest.importorskip("PIL.Image", reason=EXTRA)
+for package in ("matplotlib", "safetensors", "rich", "tyro"):
+    pytest.importorskip(package, reason=EXTRA)
+commands = pytest.importorskip("fastvae.cli.commands", reason=EXTRA)
+progress = pytest.importorskip("fastvae.cli.progress", reason=EXTRA)
+
+TINY = ["--backbone", "mlp", "--hidden", "8", "--latent-dim", "3", "--batch-size", "8", "--device", "cpu"]
+
+
+@pytest.fixture(scope="session")
+def images_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "noise.npy"
+    np.save(path, np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8))
+    return path
+
+
+@pytest.fixture(scope="session")
+def run(images_file, tmp_path_factory):
+    """The run folder of a tiny `fastvae train`."""
+    out = tmp_path_factory.mktemp("cli") / "run"
+    assert main(["train", "--data", str(images_file), "--out", str(out), "--epochs", "2", *TINY]) == 0
+    return out
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def error_of(capsys, *arguments, status=2):
+    """The one line that `fastvae ARGUMENTS` says on stderr before it exits with `status`."""
+    capsys.readouterr()
+    assert main(arguments) == status
+    captured = capsys.readouterr()
+    assert captured.err.startswith("fastvae: error: ")
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+    return captured.err
+
+
+def fastvae(*arguments, code="import sys; from fastvae.cli import main; sys.exit(main())", **options):
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def test_train_says_where_the_results_are(images_file, tmp_path, capsys):
+    assert main(["train", "--data", str(images_file), "--out", "mine", "--epochs", "1", *TINY]) == 0
+    output = capsys.readouterr().out
+    for name in ("reconstructions.png", "samples.png", "interpolations.png", "loss.png", "latent.png"):
+        assert f"mine/{name}" in output
+        assert (tmp_path / "mine" / name).is_file()
+    figures = json.loads((tmp_path / "mine" / "evaluation.json").read_text())
+    assert f"{figures['nats']:.2f} nats/image" in output
+    assert f"{figures['baseline']:.2f} nats/image" in output
+    assert output.rstrip().endswith("fastvae sample --model mine")
+
+
+def test_train_makes_a_folder_under_runs_by_default(images_file, tmp_path):
+    assert main(["train", "--data", str(images_file), "--epochs", "1", *TINY]) == 0
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.startswith("noise-20")
+
+
+def test_train_resumes_with_the_options_of_the_run(run, capsys):
+    before = (run / "metrics.jsonl").read_text()
+    assert main(["train", "--resume", str(run)]) == 0
+    assert (run / "metrics.jsonl").read_text() == before
+    error = error_of(capsys, "train", "--resume", str(run), "--epochs", "20")
+    assert "epochs was 2, now 20" in error
+    assert "batch_size" not in error
+
+
+@pytest.mark.parametrize("name", commands.COMMANDS)
+def test_help_of_each_command_teaches(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([name, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert f"usage: fastvae {name}" in text
+    assert f"Examples:\n  fastvae {name}" in text
+    for option in vars(commands.COMMANDS[name].options)["__dataclass_fields__"]:
+        assert f"--{option.replace('_', '-')}" in text
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"]], ids=["nothing", "--help"])
+def test_help_lists_the_commands(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert all(f"• {name}" in text for name in commands.COMMANDS)
+
+
+def pixels(path):
+    with Image.open(path) as picture:
+        return np.asarray(picture)
+
+
+def grid_shape(path, tile=58, gap=2):
+    """(rows, columns) of a grid of small images."""
+    return tuple((side - gap) / tile for side in pixels(path).shape[:2])
+
+
+def test_sample_follows_the_seed(run):
+    assert main(["sample", "--model", str(run), "--n", "9", "--seed", "3", "--out", "a.png"]) == 0
+    assert main(["sample", "--model", str(run / "model"), "--n", "9", "--seed", "3", "--out", "deep/b.png"]) == 0
+    assert main(["sample", "--model", str(run), "--n", "9", "--seed", "4"]) == 0
+    assert np.array_equal(pixels("a.png"), pixels("deep/b.png"))
+    assert not np.array_equal(pixels("a.png"), pixels("samples.png"))
+
+
+def test_reconstruct_shows_every_image(run, images_file):
+    assert main(["reconstruct", "--model", str(run), "--n", "4"]) == 0
+    assert grid_shape("reconstructions.png") == (2, 4)
+    arguments = ["--model", str(run / "model"), "--data", str(images_file), "--n", "12", "--out", "twelve.png"]
+    assert main(["reconstruct", *arguments]) == 0
+    assert grid_shape("twelve.png") == (4, 10)
+    last_rows = pixels("twelve.png")[118:]
+    assert last_rows[:, : 2 * 58].min() < 255
+    assert last_rows[:, 2 * 58 + 2 :].min() == 255
+
+
+def test_interpolate_both_ways(run):
+    options = ["--model", str(run), "--n", "2", "--steps", "5"]
+    assert main(["interpolate", *options]) == 0
+    assert main(["interpolate", *options, "--mode", "linear", "--out", "linear.png"]) == 0
+    assert grid_shape("interpolations.png") == grid_shape("linear.png") == (2, 5)
+    assert not np.array_equal(pixels("linear.png"), pixels("interpolations.png"))
+
+
+def test_evaluate_agrees_with_the_training(run, images_file, tmp_path, capsys):
+    assert main(["evaluate", "--model", str(run)]) == 0
+    figures = json.loads((tmp_path / "evaluation.json").read_text())
+    at_end_of_training = json.loads((run / "evaluation.json").read_text())
+    assert {name: figures[name] for name in at_end_of_training} == at_end_of_training
+    assert f"{figures['nats']:.2f} nats/image" in capsys.readouterr().out
+
+    assert main(["evaluate", "--model", str(run / "model"), "--data", str(images_file), "--out", "all.json"]) == 0
+    assert (figures["images"], json.loads((tmp_path / "all.json").read_text())["images"]) == (4, 40)
+
+
+@pytest.mark.parametrize("command", ["sample", "reconstruct", "interpolate", "evaluate"])
+def test_nothing_is_overwritten_without_force(run, command, tmp_path, capsys):
+    (tmp_path / "mine").write_text("precious")
+    assert "mine exists already" in error_of(capsys, command, "--model", str(run), "--out", "mine")
+    assert (tmp_path / "mine").read_text() == "precious"
+    assert main([command, "--model", str(run), "--out", "mine", "--force"]) == 0
+    assert (tmp_path / "mine").read_bytes() != b"precious"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fly"], "fly"),
+        (["train", "--epoch", "3"], "--epoch"),
+        (["train", "--epochs", "many"], "'many'"),
+        (["train", "--epochs", "0"], "epochs must be at least 1; got 0"),
+        (["train", "--image-size", "3"], "--image-size"),
+        (["train", "--data", "nowhere.npy"], "nowhere.npy"),
+        (["train", "--device", "toaster"], "got 'toaster'"),
+        (["train", "--resume", "nowhere"], "nowhere is not a run folder"),
+        (["sample"], "--model"),
+        (["sample", "--model", "nowhere"], "nowhere is not a folder"),
+        (["sample", "--model", "."], "config.json"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_are_one_line_and_status_2(arguments, message, tmp_path, capsys):
+    assert message in error_of(capsys, *arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_mistakes_about_a_model_are_one_line_and_status_2(run, images_file, tmp_path, capsys):
+    assert "Pass --data" in error_of(capsys, "reconstruct", "--model", str(run / "model"))
+    assert "--n must be at least 1" in error_of(capsys, "sample", "--model", str(run), "--n", "0")
+    assert "--steps must be at least 2" in error_of(capsys, "interpolate", "--model", str(run), "--steps", "1")
+    np.save("colour.npy", np.zeros((4, 8, 8, 3), dtype=np.uint8))
+    assert "have 3" in error_of(capsys, "evaluate", "--model", str(run), "--data", "colour.npy")
+    assert "not empty" in error_of(capsys, "train", "--data", str(images_file), "--out", str(run))
+
+
+def test_traceback_on_request(monkeypatch):
+    monkeypatch.setenv("FASTVAE_TRACEBACK", "1")
+    with pytest.raises(FileNotFoundError):
+        main(["sample", "--model", "nowhere"])
+
+
+@pytest.mark.parametrize(
+    "bug", [RuntimeError("shapes"), AssertionError("no"), TypeError("None"), KeyError("x")], ids=repr
+)
+def test_bugs_keep_their_traceback(monkeypatch, bug):
+    def broken(options):
+        raise bug
+
+    monkeypatch.setitem(commands.COMMANDS, "doctor", commands.Command(doctor.Doctor, broken, "help"))
+    monkeypatch.setattr(doctor, "run", broken)
+    with pytest.raises(type(bug)):
+        main(["doctor"])
+
+
+def test_value_error_out_of_a_library_is_a_bug(monkeypatch):
+    monkeypatch.setattr(doctor, "run", lambda options: json.loads("{"))
+    with pytest.raises(json.JSONDecodeError):
+        main(["doctor"])
+
+
+def test_loss_that_is_not_finite_is_one_line_and_status_1(images_file, tmp_path, capsys):
+    arguments = ["train", "--data", str(images_file), "--out", "run", *TINY, "--learning-rate", "1e30"]
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("fastvae: error: the loss or its gradient was not finite at step ")
+    assert error.count("\n") == 1
+
+
+def test_signal_saves_and_says_how_to_resume(images_file, tmp_path):
+    process = fastvae("train", "--data", images_file, "--out", tmp_path / "run", "--epochs", "100000", *TINY)
+    for line in process.stdout:
+        if line.startswith("step"):  # the loop is running
+            break
+    process.terminate()
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert f"fastvae train --resume {tmp_path / 'run'}\n" in error
+    assert "Traceback" not in error
+    assert (tmp_path / "run" / "checkpoint.pt").is_file()
+    assert main(["sample", "--model", str(tmp_path / "run")]) == 0
+
+
+@pytest.mark.parametrize(
+    "interrupt",
+    [KeyboardInterrupt(), TrainingInterrupted(Path("runs/x"), 3, signal.SIGINT)],
+    ids=["anywhere", "training"],
+)
+def test_ctrl_c_is_status_130(monkeypatch, capsys, interrupt):
+    def run(options):
+        raise interrupt
+
+    monkeypatch.setattr(doctor, "run", run)
+    assert main(["doctor"]) == 128 + signal.SIGINT
+    assert ("--resume runs/x" in capsys.readouterr().err) == isinstance(interrupt, TrainingInterrupted)
+
+
+def test_reader_that_has_gone_is_no_error():
+    process = fastvae("doctor")
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert process.wait(timeout=60) == 128 + signal.SIGPIPE
+
+
+def test_missing_parser_is_one_line_that_names_the_extra():
+    process = fastvae(
+        "train", code="import sys; sys.modules['tyro'] = None; from fastvae.cli import main; sys.exit(main())"
+    )
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert error == (
+        'fastvae: error: tyro is not installed; this command needs it. Run: pip install "fastvae-triton[train]"\n'
+    )
+
+
+def test_missing_plotting_shows_before_the_training(monkeypatch, images_file, tmp_path, capsys):
+    monkeypatch.delitem(sys.modules, "fastvae.training.pictures", raising=False)
+    monkeypatch.delattr("fastvae.training.pictures", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
+    assert "matplotlib is not installed" in error_of(capsys, "train", "--data", str(images_file))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_module_runs_like_the_command():
+    process = subprocess.run([sys.executable, "-m", "fastvae", "fly"], capture_output=True, text=True, check=False)
+    assert process.returncode == 2
+    assert process.stderr.startswith("fastvae: error: ")
+
+
+def test_doctor_reports_versions_devices_and_reasons(capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name in ("fastvae", "rich") else "1.2.3")
+    assert main(["doctor"]) == 0
+    report = capsys.readouterr().out
+    for text in (
+        "python",
+        "torch       1.2.3",
+        "triton",
+        "cpu",
+        "backend torch",
+        "never mixes the rank",
+        "no other project",
+    ):
+        assert text in report
+    assert "rich        not installed" in report
+    assert 'pip install "fastvae-triton[train]"' in report
+
+
+def test_doctor_finds_the_other_fastvae(capsys, monkeypatch):
+    version = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "0.1.0" if name == "fastvae" else version(name))
+    assert main(["doctor"]) == 1
+    report = capsys.readouterr().out
+    assert "PROBLEM: the PyPI project fastvae 0.1.0 is installed" in report
+    assert "pip uninstall fastvae" in report
+
+
+RECORD = {
+    "step": 5,
+    "epoch": 1,
+    "split": "train",
+    "loss": 3.0,
+    "recon": 2.0,
+    "kl": 1.0,
+    "nats": 3.0,
+    "bits_per_dim": 0.1,
+}
+
+
+def test_plain_lines_are_few(tmp_path, capsys):
+    report = progress.PlainLines()
+    report(Started(tmp_path, "cpu", 9, 1, 1000, 0, 20, 4.0))
+    for step in range(1, 6):
+        report(Logged(RECORD | {"step": step, "images_per_second": 7.0}))
+    report(Logged(RECORD | {"split": "validation"}))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert "9 training and 1 validation images" in lines[0]
+    assert "step      5/20" in lines[1]
+    assert "3.00 nats/image = 2.00 reconstruction + 1.00 KL" in lines[1]
+
+
+def test_terminal_gets_a_bar(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setitem(os.environ, "TERM", "xterm")
+    with progress.reporter() as report:
+        assert isinstance(report, progress.Bar)
+        report(Started(tmp_path, "cpu", 9, 1, 1000, 3, 20, 4.0))
+        assert (report.progress.tasks[0].completed, report.progress.tasks[0].total) == (3, 20)
+        report(Logged(RECORD | {"images_per_second": 7.0}))
+        assert report.progress.tasks[0].completed == 5
+        report(Logged(RECORD | {"split": "validation"}))
+    assert "validation" in capsys.readouterr().out
