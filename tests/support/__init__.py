@@ -1,0 +1,1 @@
+"""Instruments for tests without a GPU: a traffic meter for interpreted kernels, a report on compiled ones."""
