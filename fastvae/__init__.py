@@ -2,6 +2,7 @@
 
 from ._backend import set_backend as set_backend
 from ._backend import use_backend as use_backend
+from .distributions import DiagonalGaussian as DiagonalGaussian
 from .functional import VAELossTerms as VAELossTerms
 from .functional import gaussian_kl as gaussian_kl
 from .functional import philox_normal as philox_normal

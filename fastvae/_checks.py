@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ._options import Clamp
+from ._strides import is_dense
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 REDUCTIONS = ("batchmean", "sum", "mean", "none")
@@ -80,6 +81,17 @@ def gaussian(mu: Tensor, logvar: Tensor) -> None:
     same_device("mu", mu, "logvar", logvar)
 
 
+def halves(packed: Tensor, dim: int) -> int:
+    """The dimension, counted from the front, that mean and logvar share."""
+    float_tensor("packed", packed)
+    if not -packed.ndim <= dim < packed.ndim or dim % packed.ndim == 0 or packed.shape[dim] % 2:
+        fail(
+            f"packed must hold mean and logvar as the two halves of dimension dim, which is not the batch's; got shape "
+            f"{tuple(packed.shape)} and dim={dim}. Pass the dimension of 2 C channels."
+        )
+    return dim % packed.ndim
+
+
 def images(recon: Tensor, target: Tensor) -> None:
     float_tensor("recon", recon)
     float_tensor("target", target, also=(torch.uint8,))
@@ -134,6 +146,42 @@ def weight(name: str, value: object, like: Tensor) -> None:
         same_device(name, value, "the inputs", like)
     elif isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a float or a 0-dimensional tensor; got {type(value).__name__}.")
+
+
+def overwritable(recon: Tensor, target: Tensor, recon_weight: object, one_pass: bool) -> None:
+    """inplace=True: the gradient takes recon's memory, so recon must be an intermediate result that owns it."""
+    if not (recon.requires_grad and torch.is_grad_enabled()):
+        return
+    if recon.is_leaf:
+        fail("inplace=True overwrites recon, which must not be a leaf; got one. Pass a decoder's output.")
+    if not is_dense(recon):
+        fail(f"inplace=True needs recon to fill its memory; got strides {recon.stride()}. Pass recon.contiguous().")
+    if not one_pass or not one_pass_is_right(recon, target.requires_grad, recon_weight):
+        fail(
+            "inplace=True needs one_pass=True, a recon that is not float16, a target without gradient and a "
+            f"recon_weight that is a float other than 0; got one_pass={one_pass}, {_names([recon.dtype])}, "
+            f"target.requires_grad={target.requires_grad}, recon_weight={recon_weight!r}. Leave inplace out."
+        )
+
+
+def one_pass_is_right(recon: Tensor, target_wants_gradient: bool, recon_weight: object) -> bool:
+    """Whether the forward pass may write recon's gradient.
+
+    Not in float16, where an unscaled gradient underflows before a loss scaler can help; not under a weight that is 0 or
+    lives on the device, because the backward pass divides by it; not for two gradients at once.
+    """
+    return (
+        recon.dtype != torch.float16
+        and not target_wants_gradient
+        and not isinstance(recon_weight, Tensor)
+        and recon_weight != 0
+    )
+
+
+def at_least_one(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        fail(f"{name} must be an int of at least 1; got {value!r}.")
+    return value
 
 
 def logvar_clamp(value: Any) -> Clamp | None:

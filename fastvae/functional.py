@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import _backend, _checks, reference
 from ._options import Clamp, ElboOptions, Noise, PhiloxNoise
+from ._strides import few_dims
 from .ops.elbo import ElboFunction
 from .ops.reparam_kl import ReparamKLFunction
 
@@ -36,7 +37,7 @@ def reparameterize(
     Returns:
         z: shape of `mu`, promoted dtype of `mu` and `logvar`.
     """
-    return _sample(mu, logvar, generator, seed, offset, logvar_clamp, with_kl=False)[0]
+    return sample(mu, logvar, generator, seed, offset, logvar_clamp, with_kl=False)[0]
 
 
 def reparameterize_kl(
@@ -73,7 +74,7 @@ def reparameterize_kl(
 
     Source: Kingma & Welling, Auto-Encoding Variational Bayes, arXiv:1312.6114, section 2.4 and appendix B.
     """
-    z, kl = _sample(mu, logvar, generator, seed, offset, logvar_clamp, with_kl=True)
+    z, kl = sample(mu, logvar, generator, seed, offset, logvar_clamp, with_kl=True)
     assert kl is not None
     return z, kl
 
@@ -154,6 +155,7 @@ def vae_loss(
     recon_weight: float | Tensor = 1.0,
     logvar_clamp: Clamp | None = None,
     one_pass: bool = True,
+    inplace: bool = False,
 ) -> VAELossTerms:
     """The loss of a variational autoencoder: the negative evidence lower bound, in nats per sample by default.
 
@@ -177,6 +179,9 @@ def vae_loss(
         one_pass: Let the forward pass write recon's gradient, where that is right (12 bytes a float32 pixel instead of
             20). It holds a buffer of recon's size from the forward pass on; False computes the gradient in the
             backward pass.
+        inplace: Let that gradient overwrite `recon` itself: no memory of its own, and on a CPU no fresh pages, which
+            are most of the cost. recon holds garbage afterwards. An upstream gradient that is not a power of two rounds
+            a 16-bit gradient a second time. Ignored where no gradient is asked for and under torch.compile.
 
     Returns:
         VAELossTerms(loss, recon, kl): 0-d, or [B] for "none"; float64 if an input is, else float32. Each is
@@ -184,8 +189,11 @@ def vae_loss(
 
     Raises:
         ValueError: shapes or devices differ; unknown likelihood or reduction; one term "none" and the other not;
-            neither kl nor mu and logvar; kl with logvar_clamp, with logvar, or with kl_reduction="mean" and no mu.
+            neither kl nor mu and logvar; kl with logvar_clamp, with logvar, or with kl_reduction="mean" and no mu;
+            inplace with a leaf, with overlapping memory, or where one pass is not right.
         TypeError: not a floating point tensor (or uint8, for `target`); beta or recon_weight not a number.
+        RuntimeError: inplace and a second backward pass, or an earlier operation needs the overwritten output (sigmoid,
+            tanh and relu do: let the decoder end in a linear layer).
 
     Source: Kingma & Welling, arXiv:1312.6114, eq. 10; beta: Higgins et al., beta-VAE, ICLR 2017.
     """
@@ -205,7 +213,9 @@ def vae_loss(
     )
     if kl is not None:
         mu = None
-    return _elbo(recon, target, mu, logvar, kl, options, one_pass=one_pass)
+    if inplace:
+        _checks.overwritable(recon, target, recon_weight, one_pass)
+    return _elbo(recon, target, mu, logvar, kl, options, one_pass=one_pass, inplace=inplace)
 
 
 def philox_normal(
@@ -256,11 +266,6 @@ def _int64(seed: int | Tensor) -> int | Tensor:
     return seed if isinstance(seed, Tensor) else (seed + 2**63) % 2**64 - 2**63
 
 
-def _few_dims(tensor: Tensor) -> Tensor:
-    """Up to five dimensions are read in place, whatever their strides; a tensor of more is made contiguous."""
-    return tensor if tensor.ndim <= 5 else tensor.contiguous()
-
-
 def _noise(mu: Tensor, generator: torch.Generator | None, seed: int | Tensor | None, offset: int) -> Noise:
     if seed is not None:
         return PhiloxNoise(_int64(seed), offset)
@@ -281,7 +286,7 @@ def _drawn(mu: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.randn(mu.shape, generator=generator, dtype=mu.dtype).to(mu.device)
 
 
-def _sample(
+def sample(
     mu: Tensor,
     logvar: Tensor,
     generator: torch.Generator | None,
@@ -290,17 +295,20 @@ def _sample(
     logvar_clamp: Clamp | None,
     *,
     with_kl: bool,
+    packed: tuple[Tensor, int] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
+    """What the public functions and DiagonalGaussian share; `packed`: mu and logvar are the halves of a dimension."""
     _checks.gaussian(mu, logvar)
     _checks.noise_source(mu, generator, seed, offset)
-    mu, logvar = _few_dims(mu), _few_dims(logvar)
     bounds = _checks.logvar_clamp(logvar_clamp)
     noise = _noise(mu, generator, seed, offset)
     if torch.compiler.is_compiling():
         if isinstance(noise, PhiloxNoise):
             noise = philox_normal(mu.shape, seed=noise.seed, offset=noise.offset, device=mu.device)
         return reference.reparameterize_kl(mu, logvar, noise, bounds)
-    z, kl = ReparamKLFunction.apply(mu, logvar, noise, bounds, with_kl)  # type: ignore[no-untyped-call]
+    first, second, dim = (mu, logvar, None) if packed is None else (packed[0], None, packed[1])
+    inputs = (few_dims(first), None if second is None else few_dims(second), dim)
+    z, kl = ReparamKLFunction.apply(*inputs, noise, bounds, with_kl)  # type: ignore[no-untyped-call]
     return z, kl
 
 
@@ -313,11 +321,12 @@ def _elbo(
     options: ElboOptions,
     *,
     one_pass: bool,
+    inplace: bool = False,
 ) -> VAELossTerms:
     if torch.compiler.is_compiling():  # the compiler fuses the plain formula with its neighbours
         return VAELossTerms(*reference.elbo(recon, target, mu, logvar, kl, options))
-    recon, target, mu, logvar = (None if t is None else _few_dims(t) for t in (recon, target, mu, logvar))
+    recon, target, mu, logvar = (None if t is None else few_dims(t) for t in (recon, target, mu, logvar))
     weights = (w if isinstance(w, Tensor) else None for w in (options.beta, options.recon_weight))
     one_pass = one_pass and torch.is_grad_enabled()
     inputs = (recon, target, mu, logvar, kl, *weights)
-    return VAELossTerms(*ElboFunction.apply(*inputs, options, one_pass))  # type: ignore[no-untyped-call]
+    return VAELossTerms(*ElboFunction.apply(*inputs, options, one_pass, inplace))  # type: ignore[no-untyped-call]

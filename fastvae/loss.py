@@ -19,7 +19,9 @@ class VAELoss(nn.Module):
         likelihood: "l2".
         reduction: "batchmean", "sum", "mean" or "none".
         return_terms: Return VAELossTerms(loss, recon, kl) instead of the loss alone.
-        recon_reduction, kl_reduction, recon_weight, logvar_clamp, one_pass: As in `vae_loss`.
+        recon_reduction, kl_reduction, recon_weight, logvar_clamp, one_pass, inplace: As in `vae_loss`.
+        accumulate: Micro-batches whose gradients add up before a step: the loss, not its terms, is divided by it,
+            within the forward pass, so the upstream gradient stays 1.
 
     Raises:
         ValueError, TypeError: an option without meaning, at construction; inputs that do not fit, at the call.
@@ -44,7 +46,9 @@ class VAELoss(nn.Module):
         kl_reduction: str | None = None,
         recon_weight: float | Tensor = 1.0,
         logvar_clamp: Clamp | None = None,
+        accumulate: int = 1,
         one_pass: bool = True,
+        inplace: bool = False,
     ) -> None:
         super().__init__()
         _checks.choice("likelihood", likelihood, _checks.LIKELIHOODS)
@@ -61,7 +65,9 @@ class VAELoss(nn.Module):
         self.recon_reduction = recon_reduction
         self.kl_reduction = kl_reduction
         self.logvar_clamp = _checks.logvar_clamp(logvar_clamp)
+        self.accumulate = _checks.at_least_one("accumulate", accumulate)
         self.one_pass = one_pass
+        self.inplace = inplace
 
     def forward(
         self,
@@ -80,14 +86,15 @@ class VAELoss(nn.Module):
             mu,
             logvar,
             kl=kl,
-            beta=self.beta if beta is None else beta,
+            beta=(self.beta if beta is None else beta) / self.accumulate,
             likelihood=self.likelihood,
             reduction=self.reduction,
             recon_reduction=self.recon_reduction,
             kl_reduction=self.kl_reduction,
-            recon_weight=self.recon_weight,
+            recon_weight=self.recon_weight / self.accumulate,
             logvar_clamp=self.logvar_clamp,
             one_pass=self.one_pass,
+            inplace=self.inplace,
         )
         return terms if self.return_terms else terms.loss
 

@@ -16,6 +16,10 @@ def loss(recon=IMAGE, target=IMAGE, mu=LATENT, logvar=LATENT, **options):
     return fastvae.vae_loss(recon, target, mu, logvar, **options)
 
 
+def leaf():
+    return torch.ones(2, 3, requires_grad=True)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -63,6 +67,12 @@ def loss(recon=IMAGE, target=IMAGE, mu=LATENT, logvar=LATENT, **options):
         (lambda: fastvae.VAELoss(reduction="x"), ValueError, "reduction must be one of"),
         (lambda: fastvae.VAELoss(beta=None), TypeError, "beta must be a float"),
         (lambda: fastvae.VAELoss(logvar_clamp=(1, 0)), ValueError, "lo < hi"),
+        (lambda: fastvae.VAELoss(accumulate=0), ValueError, "accumulate must be an int of at least 1; got 0"),
+        (lambda: loss(recon=leaf(), inplace=True), ValueError, "must not be a leaf"),
+        (lambda: loss(recon=leaf()[:, :1].expand(2, 3), inplace=True), ValueError, "fill its memory"),
+        (lambda: loss(recon=leaf() * 1, inplace=True, one_pass=False), ValueError, "needs one_pass=True"),
+        (lambda: loss(recon=leaf() * 1, inplace=True, recon_weight=0.0), ValueError, "float other than 0"),
+        (lambda: loss(recon=leaf().half(), inplace=True), ValueError, "not float16"),
     ],
 )
 def test_bad_input_is_named(call, error, message):

@@ -346,3 +346,94 @@ def test_float16_gradient_survives_a_loss_scale(backend):
     (fastvae.reconstruction_loss(recon, target, reduction="mean") * 65536).backward()
     expected = 2 * 65536 / 400**2 * float(recon.detach()[0, 0].double() - target[0, 0].double())
     assert abs(float(recon.grad[0, 0]) / expected - 1) < 1e-3
+
+
+class TestInplace:
+    """inplace=True: the gradient takes recon's own memory."""
+
+    @pytest.mark.parametrize("factor", [1.0, 3.0, 65536.0])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("reduction", ["batchmean", "none"])
+    def test_same_gradient_in_recons_memory(self, backend, reduction, dtype, factor):
+        case = Case((3, 2, 29, 31), (3, 4), dtype)
+        recon = case.recon * 1
+        terms = fastvae.vae_loss(recon, *case.inputs[1:], reduction=reduction, inplace=True)
+        truth = case.truth(reduction)
+        assert_near(terms.loss.detach(), truth.loss.detach(), truth.loss.detach().abs() + 8, ulps=8)
+        upstream = torch.full_like(terms.loss, factor)
+        drecon, *gradients = torch.autograd.grad(terms.loss, [recon, case.mu, case.logvar], upstream)
+        assert drecon.data_ptr() == recon.data_ptr()
+        if dtype == torch.bfloat16 and factor == 3.0:  # documented: rounded twice
+            (true,) = torch.autograd.grad(truth.loss, case.true_inputs[0], upstream.double(), retain_graph=True)
+            torch.testing.assert_close(drecon.double(), true, rtol=2**-7, atol=1e-30)
+            drecon = true.to(dtype)
+        case.check_gradients(truth, (upstream, None, None), [drecon, *gradients])
+
+    def test_flows_through_the_decoder(self, backend):
+        weight, x, target = torch.randn(6, 6, requires_grad=True), torch.rand(3, 6), torch.rand(3, 6)
+        gradients = []
+        for inplace in (False, True):
+            loss = fastvae.vae_loss(x @ weight, target, kl=torch.zeros(3), inplace=inplace).loss
+            gradients.append(torch.autograd.grad(loss, weight)[0])
+        torch.testing.assert_close(*gradients)
+
+    @pytest.mark.parametrize("activation", [torch.sigmoid, torch.tanh, torch.relu], ids=lambda f: f.__name__)
+    def test_an_output_that_its_operation_needs_is_an_error(self, backend, activation):
+        recon = activation(torch.rand(3, 6, requires_grad=True))
+        loss = fastvae.vae_loss(recon, torch.rand(3, 6), kl=torch.zeros(3), inplace=True).loss
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+    def test_one_backward_pass_only(self, backend):
+        recon = torch.rand(3, 6, requires_grad=True) * 1
+        loss = fastvae.vae_loss(recon, torch.rand(3, 6), kl=torch.zeros(3), inplace=True).loss
+        with pytest.raises(RuntimeError, match="without create_graph"):
+            torch.autograd.grad(loss, recon, create_graph=True)
+        torch.autograd.grad(loss, recon, retain_graph=True)
+        with pytest.raises(RuntimeError, match="one backward pass"):
+            torch.autograd.grad(loss, recon)
+
+    def test_without_gradient_recon_stays(self, backend):
+        recon, target = torch.rand(3, 6), torch.rand(3, 6)
+        before = recon.clone()
+        fastvae.vae_loss(recon, target, kl=torch.zeros(3, requires_grad=True), inplace=True).loss.backward()
+        with torch.no_grad():
+            fastvae.vae_loss(recon.requires_grad_(), target, kl=torch.zeros(3), inplace=True)
+        assert torch.equal(recon, before)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_accumulate_divides_the_loss_and_not_its_terms(backend, inplace):
+    """Four micro-batches of 2 under accumulate=4 are one batch of 8, in value and gradient."""
+    weight = torch.randn(7, 40, dtype=torch.float64, requires_grad=True)
+    latents, target = torch.randn(8, 7, dtype=torch.float64), torch.rand(8, 40, dtype=torch.float64)
+    criterion = fastvae.VAELoss(0.5, accumulate=4, return_terms=True, inplace=inplace)
+    whole = fastvae.vae_loss(latents @ weight, target, latents, latents, beta=0.5)
+    (expected,) = torch.autograd.grad(whole.loss, weight)
+    total = 0.0
+    for start in range(0, 8, 2):
+        z = latents[start : start + 2]
+        terms = criterion(z @ weight, target[start : start + 2], z, z)
+        torch.testing.assert_close(terms.loss, (terms.recon + 0.5 * terms.kl) / 4)
+        terms.loss.backward()
+        total += terms.loss.item()
+    torch.testing.assert_close(weight.grad, expected)
+    assert total == pytest.approx(whole.loss.item())
+
+
+def test_compiled_loss_keeps_its_graph(backend):
+    """Inside a compiled region nothing saved is ever changed: two backward passes give equal gradients."""
+    recon, target = torch.rand(4, 30, requires_grad=True), torch.rand(4, 30)
+    mu, logvar = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def loss(recon, target, mu, logvar):
+        return fastvae.vae_loss(recon * 1, target, mu, logvar, inplace=True).loss
+
+    value = loss(recon, target, mu, logvar)
+    torch.testing.assert_close(value, fastvae.vae_loss(recon, target, mu, logvar).loss)
+    upstream, inputs = torch.tensor(3.0), (recon, mu, logvar)
+    first = torch.autograd.grad(value, inputs, upstream, retain_graph=True)
+    second = torch.autograd.grad(value, inputs, upstream)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    torch.testing.assert_close(first[0], 3 * 2 / 4 * (recon - target).detach())

@@ -21,7 +21,7 @@ LAYERS = [
     {"ops"},
     {"fallback", "fastvae_kernels"},
     {"reference", "_checks", "_backend", "_files"},
-    {"_options"},
+    {"_options", "_strides"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._options import ElboOptions
+from .._strides import is_dense
 from ..reference import BYTE_SCALE, compute_dtype
 from .gaussian import clamped, kl_per_sample, rows
 
@@ -66,16 +67,16 @@ def elbo_bwd(
     """Write the gradients that are asked for, given those of (loss, recon term, KL term).
 
     gradients: buffers for (recon, target, mu, logvar, kl). If `holds_forward_gradient`, recon's already holds what
-        `elbo_fwd`
-    wrote there and is only scaled, where that is exact.
+    `elbo_fwd` wrote there and is only scaled, where that is exact or where recon is gone (None, as is target).
     """
     dloss, drecon_term, dkl_term = upstream
     drecon, dtarget, dmu, dlogvar, dkl = gradients
     if drecon is not None or dtarget is not None:
-        assert recon is not None
-        assert target is not None
         coefficient = _combine(dloss, options.recon_weight, drecon_term)
-        if not (holds_forward_gradient and drecon is not None and _rescaled(drecon, coefficient, options)):
+        factor = coefficient / _number(options.recon_weight) if holds_forward_gradient else coefficient
+        if drecon is not None and holds_forward_gradient and (recon is None or _scales_exactly(drecon, factor)):
+            _rescale(drecon, factor)
+        elif recon is not None and target is not None:
             _difference(recon, target, drecon, dtarget, coefficient * (2.0 * options.recon_scale))
     if dmu is None and dlogvar is None and dkl is None:
         return
@@ -110,25 +111,24 @@ def _per_row(coefficient: Tensor, like: Tensor) -> Tensor:
     return rows(coefficient, like) if coefficient.ndim else coefficient
 
 
-def _rescaled(drecon: Tensor, coefficient: Tensor, options: ElboOptions) -> bool:
-    """Bring the forward pass's gradient to this upstream gradient; False where that would round twice.
+def _scales_exactly(drecon: Tensor, factor: Tensor) -> bool:
+    """Whether scaling the forward pass's gradient rounds no second time: a power of two moves the exponent alone.
 
     Only a CPU tensor's value may steer the host: elsewhere reading it would wait for the device.
     """
-    if coefficient.device.type != "cpu" or coefficient.ndim:
+    if factor.device.type != "cpu" or factor.ndim:
         return False
-    factor = coefficient.item() / _number(options.recon_weight)
-    if factor != 1:
-        if drecon.element_size() == 2 and math.frexp(factor)[0] != 0.5:
-            return False
-        drecon.mul_(factor)
-    return True
+    return drecon.element_size() > 2 or math.frexp(factor.item())[0] in (0.0, 0.5)
+
+
+def _rescale(drecon: Tensor, factor: Tensor) -> None:
+    if factor.device.type == "cpu" and factor.ndim == 0 and factor.item() == 1:
+        return
+    drecon.mul_(_per_row(factor, drecon))
 
 
 def _same_dense_layout(tensors: list[Tensor]) -> bool:
-    first = tensors[0]
-    span = 1 + sum((size - 1) * stride for size, stride in zip(first.shape, first.stride(), strict=True))
-    return span == first.numel() and all(t.stride() == first.stride() for t in tensors)
+    return is_dense(tensors[0]) and all(t.stride() == tensors[0].stride() for t in tensors)
 
 
 def _pieces(tensors: list[Tensor], *, per_sample: bool) -> Iterator[list[Tensor]]:

@@ -110,7 +110,7 @@ def _image_program(
         # gradient 1: every row is as the forward pass left it
         n_steps = tl.where(tl.sum(((factor != 1.0) & row_mask).to(tl.int32)) == 0, 0, STEPS)
         exact = True
-        if drecon_ptr.dtype.element_ty.primitive_bitwidth < 32:
+        if target_ptr is not None and drecon_ptr.dtype.element_ty.primitive_bitwidth < 32:
             # a power of two moves the exponent alone; any other factor would round a second time
             mantissa = factor.to(tl.int32, bitcast=True) & 0x007FFFFF
             exact = tl.sum(((mantissa != 0) & row_mask).to(tl.int32)) == 0
@@ -125,6 +125,8 @@ def _image_program(
                     _rescale_tile(drecon_ptr, drecon_strides, sizes, rows, cols, factor, None, DTYPE)
                 else:
                     _rescale_tile(drecon_ptr, drecon_strides, sizes, rows, cols, factor, mask, DTYPE)
+        elif target_ptr is None:  # recon is gone: its gradient took its place
+            pass
         elif whole:
             _recompute_tile(
                 *(recon_ptr, target_ptr, drecon_ptr, dtarget_ptr),
@@ -330,10 +332,11 @@ def elbo_bwd(
 
     gradients: buffers for (recon, target, mu, logvar, kl). If `holds_forward_gradient`, recon's already holds what
         `elbo_fwd`
-    wrote there and is only scaled, where that is exact.
+    wrote there and is only scaled, where that is exact or where recon is gone (None, as is target).
     """
     drecon, dtarget, dmu, dlogvar, dkl = gradients
     n_kl = 0 if dkl is None else dkl.numel()
+    recon = drecon if recon is None else recon
     image = part(
         [recon, target, drecon, dtarget],
         drecon is not None or dtarget is not None,
