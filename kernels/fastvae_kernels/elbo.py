@@ -12,7 +12,7 @@ from torch import Tensor
 from ._reduce import fold, fold_tile
 from ._tile import NUM_WARPS, accumulator, element_offsets, host_scalar, load, part, scalar
 from .elbo_bwd import elbo_bwd as elbo_bwd
-from .gaussian import clamp, kl_element
+from .gaussian import clamp, exp, twice_kl_element
 from .likelihoods import l2_error, l2_gradient, target_scale
 
 
@@ -91,7 +91,7 @@ def _image_program(
 @triton.jit
 def _kl_tile(mu_ptrs, logvar_ptrs, mask, low, high, DTYPE: tl.constexpr):
     logvar = clamp(load(logvar_ptrs, mask, DTYPE), low, high, DTYPE)
-    kl = kl_element(load(mu_ptrs, mask, DTYPE), logvar, tl.exp(logvar), DTYPE)
+    kl = twice_kl_element(load(mu_ptrs, mask, DTYPE), logvar, exp(0.5 * logvar, DTYPE), DTYPE)
     return kl if mask is None else tl.where(mask, kl, 0.0)
 
 
@@ -127,7 +127,7 @@ def _latent_program(
             kls += _kl_tile(mu_ptrs, logvar_ptrs, None, low, high, DTYPE)
         else:
             kls += _kl_tile(mu_ptrs, logvar_ptrs, (rows < n_rows) & (cols < n_cols), low, high, DTYPE)
-    sums = tl.sum(kls, axis=1)[:, None]
+    sums = 0.5 * tl.sum(kls, axis=1)[:, None]
     tl.store(partials_ptr + rows * n_col_programs + col_program, sums, mask=rows < n_rows)
 
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._tile import NUM_WARPS, tile
+from ._tile import NOISE_TILE_BYTES, NUM_WARPS, tile
 
 
 @triton.jit
@@ -23,33 +23,31 @@ def normal_pair(radius_word, angle_word):
         choose the
     quarter turn, the other thirty, read as a signed fraction, the place in [-pi/4, pi/4) around it.
     """
-    # u * 2^24 = 2^e * (1 + m) with 1 + m in [sqrt(1/2), sqrt(2))
+    # u = 2^e (1 + m) with 1 + m in [sqrt(1/2), sqrt(2)); the first constant holds that bound's bits and 2^24's exponent
     bits = ((radius_word >> 8).to(tl.int32).to(tl.float32) + 0.5).to(tl.int32, bitcast=True)
-    shifted = bits - 0x3F3504F3
+    shifted = bits - (0x3F3504F3 + (24 << 23))
     e = (shifted >> 23).to(tl.float32)
     m = ((shifted & 0x007FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True) - 1.0
-    m2 = m * m
-    p = 0.0703768358
-    p = p * m - 0.1151461031
-    p = p * m + 0.1167699874
-    p = p * m - 0.1242014088
-    p = p * m + 0.1424932278
-    p = p * m - 0.1666805766
-    p = p * m + 0.2000071476
-    p = p * m - 0.2499999399
-    p = p * m + 0.3333333117
-    log_u = m * m2 * p - 0.5 * m2 + m + (e - 24.0) * 0.6931471805599453
-    r = tl.sqrt(-2.0 * log_u)
+    # -2 log(1 + m) = (p m + 1) m^2 - 2 m
+    p = m * -0.1407536716 + 0.2302922062
+    p = p * m - 0.2335399748
+    p = p * m + 0.2484028176
+    p = p * m - 0.2849864556
+    p = p * m + 0.3333611532
+    p = p * m - 0.4000142952
+    p = p * m + 0.4999998798
+    p = p * m - 0.6666666234
+    p = p * m + 1.0
+    r = tl.sqrt(e * -1.3862943611198906 + (p * (m * m) - 2.0 * m))
 
     x = (angle_word << 2).to(tl.int32, bitcast=True).to(tl.float32) * 3.6572951981440e-10  # pi/4 * 2^-31
     x2 = x * x
-    sin = ((-1.9515295891e-4 * x2 + 8.3321608736e-3) * x2 - 1.6666654611e-1) * x2 * x + x
-    cos = ((2.443315711809948e-5 * x2 - 1.388731625493765e-3) * x2 + 4.166664568298827e-2) * x2 * x2 - 0.5 * x2 + 1.0
+    sin = ((-1.9515295891e-4 * x2 + 8.3321608736e-3) * x2 - 1.6666654611e-1) * (x2 * x) + x
+    cos = (((2.443315711809948e-5 * x2 - 1.388731625493765e-3) * x2 + 4.166664568298827e-2) * x2 - 0.5) * x2 + 1.0
     swap = ((angle_word >> 30) & 1) != 0
     sign = (angle_word & 0x80000000).to(tl.int32, bitcast=True)
-    first = (r * tl.where(swap, sin, cos)).to(tl.int32, bitcast=True) ^ sign
-    second = (r * tl.where(swap, cos, sin)).to(tl.int32, bitcast=True) ^ sign
-    return first.to(tl.float32, bitcast=True), second.to(tl.float32, bitcast=True)
+    r = (r.to(tl.int32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
+    return r * tl.where(swap, sin, cos), r * tl.where(swap, cos, sin)
 
 
 @triton.jit
@@ -130,7 +128,7 @@ def philox_normal(
     """
     normals = torch.empty(shape, dtype=dtype, device=device)
     if n := normals.numel():
-        size = tile(1, n, normals.element_size()).cols
+        size = tile(1, n, normals.element_size(), tile_bytes=NOISE_TILE_BYTES).cols
         with torch.cuda.device_of(normals):
             _philox_normal_kernel[(triton.cdiv(n, size),)](
                 *(normals, seed, offset, n),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ._reduce import fold_rows
 from ._tile import (
+    NOISE_TILE_BYTES,
     NUM_WARPS,
     ONE_TILE_EACH,
     Tile,
@@ -22,7 +23,7 @@ from ._tile import (
     tile,
     triton_dtype,
 )
-from .gaussian import clamp, expm1, inside, kl_element
+from .gaussian import clamp, exp, expm1, inside, twice_kl_element
 from .philox import noise_run, philox_normal, tile_normals
 
 
@@ -30,9 +31,9 @@ from .philox import noise_run, philox_normal, tile_normals
 def _sample_tile(mu_ptrs, logvar_ptrs, z_ptrs, noise, mask, low, high, DTYPE: tl.constexpr):
     mu = load(mu_ptrs, mask, DTYPE)
     logvar = clamp(load(logvar_ptrs, mask, DTYPE), low, high, DTYPE)
-    sigma = tl.exp(0.5 * logvar)
+    sigma = exp(0.5 * logvar, DTYPE)
     tl.store(z_ptrs, (mu + sigma * noise).to(z_ptrs.dtype.element_ty), mask=mask)
-    kl = kl_element(mu, logvar, sigma * sigma, DTYPE)
+    kl = twice_kl_element(mu, logvar, sigma, DTYPE)
     # lanes outside hold mu = logvar = 0, whose KL is 0 unless a clamp moved that logvar
     return kl if mask is None else tl.where(mask, kl, 0.0)
 
@@ -77,7 +78,7 @@ def _reparam_kl_fwd_kernel(
         mask = (rows < n_rows) & (cols < n_cols)
         kl = _sample_tile(mu_ptrs, logvar_ptrs, z_ptrs, noise, mask, low, high, DTYPE)
     if kl_ptr is not None:
-        sums = tl.sum(kl, axis=1)[:, None]
+        sums = 0.5 * tl.sum(kl, axis=1)[:, None]
         tl.store(kl_ptr + rows * n_col_programs + col_program, sums, mask=rows < n_rows)
 
 
@@ -92,7 +93,7 @@ def _gradient_tile(
     if dz_ptrs is not None:
         dz = load(dz_ptrs, mask, DTYPE)
         dmu += dz
-        dlogvar += dz * (tl.exp(0.5 * logvar) * noise)
+        dlogvar += dz * (exp(0.5 * logvar, DTYPE) * noise)
     dlogvar = inside(raw_logvar, low, high, 0.5 * dlogvar, DTYPE)
     if dmu_ptrs is not None:
         tl.store(dmu_ptrs, dmu.to(dmu_ptrs.dtype.element_ty), mask=mask)
@@ -173,7 +174,7 @@ def reparam_kl_fwd(
     if mu.numel() == 0:
         return (mu.new_zeros(mu.shape[0], dtype=dtype) if with_kl else None), ()
     at = layout([mu, logvar, z], by_sample=with_kl, c_order=True)
-    t = tile(at.n_rows, at.n_cols, z.element_size(), max_programs=ONE_TILE_EACH)
+    t = tile(at.n_rows, at.n_cols, z.element_size(), max_programs=ONE_TILE_EACH, tile_bytes=NOISE_TILE_BYTES)
     partials = mu.new_empty(at.n_rows, t.col_programs, dtype=dtype) if with_kl else None
     low, high = logvar_clamp or (None, None)
     with torch.cuda.device_of(mu):
@@ -212,7 +213,7 @@ def reparam_kl_bwd(
     dz = dz if dz is None or dz.ndim <= 5 else dz.contiguous()  # mu and logvar came so
     at = layout([mu, logvar, dz, dmu, dlogvar], by_sample=dkl is not None, c_order=True)
     dtype = accumulator(mu, logvar)
-    t = tile(at.n_rows, at.n_cols, mu.element_size(), max_programs=ONE_TILE_EACH)
+    t = tile(at.n_rows, at.n_cols, mu.element_size(), max_programs=ONE_TILE_EACH, tile_bytes=NOISE_TILE_BYTES)
     low, high = logvar_clamp or (None, None)
     with torch.cuda.device_of(mu):
         _reparam_kl_bwd_kernel[(t.programs(at.n_rows),)](
