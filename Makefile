@@ -9,7 +9,7 @@ TRAIN_ARGS ?=
 PART ?= all
 
 .DEFAULT_GOAL := help
-.PHONY: help train test bench gpu check format clean
+.PHONY: help train test bench gpu kernels-report check format clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -30,11 +30,17 @@ check: $(STAMP) ## lint, format and types
 # the interpreter and the compiler cannot share a process: Triton decorates its own functions for one or the other on import
 test: check ## everything that CI runs
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not gpu and not compiled"
-	$(BIN)/python -m pytest -m compiled
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m compiled
 	$(BIN)/python -m pytest benchmarks --benchmark-disable --quiet
 
 bench: $(STAMP) ## time fastvae against its peers on this machine
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+gpu: ## on a machine with a GPU: all GPU tests, then timings, into benchmarks/results (PART=tests, bench, sweep or all)
+	PYTHONPATH=.:kernels $(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu --part $(PART)
+
+kernels-report: $(STAMP) ## what each kernel moves and compiles to, as a table
+	$(BIN)/python -m tests.support.kernels_report
 
 format: $(STAMP) ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
