@@ -34,23 +34,28 @@ def elbo_fwd(
 
     weights: a snapshot of (recon_weight, beta) if one of them is a tensor, which may change before the backward pass.
     """
-    given = [t for t in (recon, target, mu, logvar, kl) if t is not None]
-    zero = torch.zeros((), dtype=compute_dtype(*given), device=given[0].device)
-    recon_term = kl_term = zero
+    dtype = compute_dtype(recon, target, mu, logvar, kl)
+    recon_term = kl_term = None
     if recon is not None and target is not None:
-        scale = None if drecon is None else 2.0 * options.recon_scale * _number(options.recon_weight)
-        recon_term = _squared_error(recon, target, drecon, scale, per_sample=options.per_sample) * options.recon_scale
+        scale = None if drecon is None else 2.0 * options.recon_scale * _value(options.recon_weight)
+        recon_term = _squared_error(recon, target, drecon, scale, per_sample=options.per_sample)
+        recon_term = _scaled(recon_term.to(dtype), options.recon_scale)
     if kl is None and mu is not None and logvar is not None:
-        dtype = compute_dtype(mu, logvar)
         logvar = clamped(logvar.to(dtype), options.logvar_clamp)
         kl = kl_per_sample(mu.to(dtype), logvar, torch.expm1(logvar))
     if kl is not None:
-        kl = kl.to(zero.dtype)
-        kl_term = (kl if options.per_sample else kl.sum()) * options.kl_scale
+        kl_term = _scaled(kl.to(dtype) if options.per_sample else kl.to(dtype).sum(), options.kl_scale)
+    if recon_term is None or kl_term is None:
+        only = recon_term if recon_term is not None else kl_term
+        assert only is not None
+        nothing = torch.zeros_like(only)
+        recon_term, kl_term = (nothing, kl_term) if recon_term is None else (recon_term, nothing)
+    assert kl_term is not None
     weights = None
     if isinstance(options.recon_weight, Tensor) or isinstance(options.beta, Tensor):
-        weights = torch.stack([torch.as_tensor(w, dtype=zero.dtype) for w in (options.recon_weight, options.beta)])
-    return recon_term * options.recon_weight + kl_term * options.beta, recon_term, kl_term, weights
+        weights = torch.stack([torch.as_tensor(w, dtype=dtype) for w in (options.recon_weight, options.beta)])
+    loss = _scaled(recon_term, options.recon_weight) + _scaled(kl_term, options.beta)
+    return loss, recon_term, kl_term, weights
 
 
 def elbo_bwd(
@@ -73,7 +78,7 @@ def elbo_bwd(
     drecon, dtarget, dmu, dlogvar, dkl = gradients
     if drecon is not None or dtarget is not None:
         coefficient = _combine(dloss, options.recon_weight, drecon_term)
-        factor = coefficient / _number(options.recon_weight) if holds_forward_gradient else coefficient
+        factor = coefficient / options.recon_weight if holds_forward_gradient else coefficient
         if drecon is not None and holds_forward_gradient and (recon is None or _scales_exactly(drecon, factor)):
             _rescale(drecon, factor)
         elif recon is not None and target is not None:
@@ -82,49 +87,49 @@ def elbo_bwd(
         return
     coefficient = _combine(dloss, options.beta, dkl_term) * options.kl_scale
     if dkl is not None:
-        dkl.copy_(coefficient)
+        dkl.copy_(coefficient) if isinstance(coefficient, Tensor) else dkl.fill_(coefficient)
+    dtype = compute_dtype(mu, logvar)
     if dmu is not None and mu is not None:
-        torch.mul(mu.to(coefficient.dtype), _per_row(coefficient, mu), out=dmu)
+        torch.mul(mu.to(dtype), _per_row(coefficient, mu), out=dmu)
     if dlogvar is not None and logvar is not None:
-        expm1 = clamped(logvar.to(coefficient.dtype), options.logvar_clamp).expm1()
-        torch.mul(expm1, _per_row(coefficient, logvar) * 0.5, out=dlogvar)
+        expm1 = clamped(logvar.to(dtype), options.logvar_clamp).expm1()
+        torch.mul(expm1, _per_row(coefficient * 0.5, logvar), out=dlogvar)
         if options.logvar_clamp is not None:
             low, high = options.logvar_clamp
             dlogvar.masked_fill_((logvar < low) | (logvar > high), 0)
 
 
-def _number(value: Coefficient) -> float:
-    assert not isinstance(value, Tensor)  # the op keeps no forward gradient under a tensor weight
-    return float(value)
+def _value(number: Coefficient) -> Coefficient:
+    """A float, where reading one waits for nothing: only a CPU tensor's value may steer the host."""
+    if isinstance(number, Tensor) and number.device.type == "cpu" and number.ndim == 0:
+        return number.item()
+    return number
 
 
-def _combine(dloss: Tensor | None, weight: Coefficient, dterm: Tensor | None) -> Tensor:
+def _scaled(term: Tensor, weight: Coefficient) -> Tensor:
+    return term if isinstance(weight, float | int) and weight == 1 else term * weight
+
+
+def _combine(dloss: Tensor | None, weight: Coefficient, dterm: Tensor | None) -> Coefficient:
     """d(outputs)/d(term) = weight * dloss + dterm."""
-    if dloss is None:
-        assert dterm is not None
-        return dterm
-    total = dloss * weight
-    return total if dterm is None else total + dterm
+    total: Coefficient = 0.0 if dterm is None else _value(dterm)
+    return total if dloss is None else _value(dloss) * _value(weight) + total
 
 
-def _per_row(coefficient: Tensor, like: Tensor) -> Tensor:
-    return rows(coefficient, like) if coefficient.ndim else coefficient
+def _per_row(coefficient: Coefficient, like: Tensor) -> Coefficient:
+    return rows(coefficient, like) if isinstance(coefficient, Tensor) and coefficient.ndim else coefficient
 
 
-def _scales_exactly(drecon: Tensor, factor: Tensor) -> bool:
-    """Whether scaling the forward pass's gradient rounds no second time: a power of two moves the exponent alone.
-
-    Only a CPU tensor's value may steer the host: elsewhere reading it would wait for the device.
-    """
-    if factor.device.type != "cpu" or factor.ndim:
+def _scales_exactly(drecon: Tensor, factor: Coefficient) -> bool:
+    """Whether scaling the forward pass's gradient rounds no second time: a power of two moves the exponent alone."""
+    if isinstance(factor, Tensor):
         return False
-    return drecon.element_size() > 2 or math.frexp(factor.item())[0] in (0.0, 0.5)
+    return drecon.element_size() > 2 or math.frexp(factor)[0] in (0.0, 0.5, -0.5)
 
 
-def _rescale(drecon: Tensor, factor: Tensor) -> None:
-    if factor.device.type == "cpu" and factor.ndim == 0 and factor.item() == 1:
-        return
-    drecon.mul_(_per_row(factor, drecon))
+def _rescale(drecon: Tensor, factor: Coefficient) -> None:
+    if isinstance(factor, Tensor) or factor != 1:
+        drecon.mul_(_per_row(factor, drecon))
 
 
 def _same_dense_layout(tensors: list[Tensor]) -> bool:
@@ -158,46 +163,46 @@ def _subtract(recon: Tensor, target: Tensor, out: Tensor) -> Tensor:
 
 
 def _squared_error(
-    recon: Tensor, target: Tensor, drecon: Tensor | None, scale: float | None, *, per_sample: bool
+    recon: Tensor, target: Tensor, drecon: Tensor | None, scale: Coefficient | None, *, per_sample: bool
 ) -> Tensor:
     """Sum of squared differences, 0-d or [B]; scale * difference is written to `drecon` in the same pass."""
     dtype = compute_dtype(recon, target)
     tensors = [recon, target] if drecon is None else [recon, target, drecon]
+    in_place = drecon is not None and drecon.dtype == dtype
     sums = []
-    scratch: Tensor | None = None
-    for piece in _pieces(tensors, per_sample=per_sample):
-        if scratch is None or scratch.shape != piece[0].shape:
-            scratch = torch.empty_like(piece[0], dtype=dtype)
-            squares = torch.empty_like(scratch)
-        in_place = drecon is not None and drecon.dtype == dtype
-        difference = _subtract(piece[0], piece[1], piece[2] if in_place else scratch)
+    squares = buffer = None
+    for recon_piece, target_piece, *drecon_piece in _pieces(tensors, per_sample=per_sample):
+        if squares is None or squares.shape != recon_piece.shape:
+            squares = torch.empty_like(recon_piece, dtype=dtype)
+            buffer = None if in_place else torch.empty_like(squares)
+        difference = _subtract(recon_piece, target_piece, drecon_piece[0] if buffer is None else buffer)
         torch.mul(difference, difference, out=squares)
-        sums.append(
-            squares.flatten(1).sum(1) if per_sample and squares.ndim > 1 else squares if per_sample else squares.sum()
-        )
+        # torch's cascaded sum keeps the digits that a dot product or a norm over as many elements would lose
+        sums.append(squares.reshape(len(squares), -1).sum(1) if per_sample else squares.sum())
         if scale is not None:
-            torch.mul(difference, scale, out=piece[2]) if in_place else piece[2].copy_(difference.mul_(scale))
+            difference.mul_(scale)
+            if not in_place:
+                drecon_piece[0].copy_(difference)
+    if len(sums) == 1:
+        return sums[0]
     if per_sample:
         return torch.cat(sums) if sums else recon.new_zeros(recon.shape[0], dtype=dtype)
     return torch.stack(sums).sum() if sums else recon.new_zeros((), dtype=dtype)
 
 
 def _difference(
-    recon: Tensor, target: Tensor, drecon: Tensor | None, dtarget: Tensor | None, coefficient: Tensor
+    recon: Tensor, target: Tensor, drecon: Tensor | None, dtarget: Tensor | None, coefficient: Coefficient
 ) -> None:
-    """drecon = coefficient * (recon - target); dtarget = -drecon. coefficient: 0-d or [B]."""
-    dtype = compute_dtype(recon, target)
-    tensors = [recon, target]
-    if coefficient.ndim:
-        tensors.append(rows(coefficient, recon).expand(recon.shape))
+    """drecon = coefficient * (recon - target); dtarget = -drecon. coefficient: one number, or [B]."""
+    per_row = _per_row(coefficient, recon)
+    by_row = [per_row.expand(recon.shape)] if isinstance(per_row, Tensor) and per_row.ndim else []
     outputs = [t for t in (drecon, dtarget) if t is not None]
-    scratch: Tensor | None = None
-    for piece in _pieces(tensors + outputs, per_sample=False):
-        if scratch is None or scratch.shape != piece[0].shape:
-            scratch = torch.empty_like(piece[0], dtype=dtype)
-        _subtract(piece[0], piece[1], scratch).mul_(piece[2] if coefficient.ndim else coefficient)
-        results = iter(piece[len(tensors) :])
+    buffer: Tensor | None = None
+    for recon_piece, target_piece, *rest in _pieces([recon, target, *by_row, *outputs], per_sample=False):
+        if buffer is None or buffer.shape != recon_piece.shape:
+            buffer = torch.empty_like(recon_piece, dtype=compute_dtype(recon, target))
+        _subtract(recon_piece, target_piece, buffer).mul_(rest.pop(0) if by_row else coefficient)
         if drecon is not None:
-            next(results).copy_(scratch)
+            rest[0].copy_(buffer)
         if dtarget is not None:
-            next(results).copy_(scratch.neg_())
+            rest[-1].copy_(buffer.neg_())
