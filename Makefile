@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# one thread a process: tests are many small computations, spread over processes by xdist
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet
 STAMP := $(VENV)/.installed
 # without an NVIDIA driver a pinned torch spares gigabytes of CUDA libraries; with one, the newest that fits
 TORCH := $(if $(wildcard /proc/driver/nvidia/version /dev/nvidiactl /dev/dxg),,torch==2.13.0)
@@ -29,9 +31,9 @@ check: $(STAMP) ## lint, format and types
 
 # the interpreter and the compiler cannot share a process: Triton decorates its own functions for one or the other on import
 test: check ## everything that CI runs
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not gpu and not compiled"
-	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m compiled
-	$(BIN)/python -m pytest benchmarks --benchmark-disable --quiet
+	TRITON_INTERPRET=1 $(PYTEST) -n auto -m "not gpu and not compiled"
+	TRITON_INTERPRET=0 $(PYTEST) -n auto -m compiled
+	$(PYTEST) benchmarks --benchmark-disable
 
 bench: $(STAMP) ## time fastvae against its peers on this machine
 	$(BIN)/python -m pytest benchmarks --benchmark-only

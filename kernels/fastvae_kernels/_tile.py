@@ -13,7 +13,6 @@ import triton.language as tl
 from torch import Tensor
 
 _TILE_BYTES = 4096  # four warps of 32 threads with two 16-byte accesses each: enough bytes in flight, few registers
-NOISE_TILE_BYTES = 8192  # twice that where noise is made: what a program does once weighs half
 ONE_TILE_EACH = 1 << 62  # programs: no limit
 MAX_PROGRAMS = 1 << 14  # beyond, a program takes several tiles, so that the partial sums stay few
 _MAX_INNER_DIMS = 4  # with the row, five dimensions are read in place, whatever their strides
@@ -32,13 +31,12 @@ class Tile(NamedTuple):
         return -(-n_rows // self.rows) * self.col_programs
 
 
-def tile(
-    n_rows: int, n_cols: int, element_size: int, *, max_programs: int = MAX_PROGRAMS, tile_bytes: int = _TILE_BYTES
-) -> Tile:
+def tile(n_rows: int, n_cols: int, element_size: int, *, max_programs: int = MAX_PROGRAMS, noise: bool = False) -> Tile:
     """The tile of a problem whose elements take `element_size` bytes. A row's cut does not depend on n_rows
-    unless that is 1.
+    unless that is 1. Where noise is made, tiles are larger, so that what a program does once weighs little, but not in
+    16 bits: it is made in 32, and 4096 normals a program spill registers.
     """
-    size = tile_bytes // element_size
+    size = 2 * _TILE_BYTES // max(element_size, 4) if noise else _TILE_BYTES // element_size
     cols = min(max(triton.next_power_of_2(n_cols), 8), size)
     tiles = max(-(-n_cols // cols), 1)
     steps = triton.next_power_of_2(-(-tiles // max_programs))

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._tile import NOISE_TILE_BYTES, NUM_WARPS, tile
+from ._tile import NUM_WARPS, tile
 
 
 @triton.jit
@@ -128,7 +128,7 @@ def philox_normal(
     """
     normals = torch.empty(shape, dtype=dtype, device=device)
     if n := normals.numel():
-        size = tile(1, n, normals.element_size(), tile_bytes=NOISE_TILE_BYTES).cols
+        size = tile(1, n, normals.element_size(), noise=True).cols
         with torch.cuda.device_of(normals):
             _philox_normal_kernel[(triton.cdiv(n, size),)](
                 *(normals, seed, offset, n),

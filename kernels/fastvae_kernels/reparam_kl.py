@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ._reduce import fold_rows
 from ._tile import (
-    NOISE_TILE_BYTES,
     NUM_WARPS,
     ONE_TILE_EACH,
     Tile,
@@ -85,15 +84,19 @@ def _reparam_kl_fwd_kernel(
 @triton.jit
 def _gradient_tile(
     mu_ptrs, logvar_ptrs, dz_ptrs, dkl, dmu_ptrs, dlogvar_ptrs, noise, mask, low, high, DTYPE: tl.constexpr
-):  # fmt: skip
+):
+    """Store dmu and dlogvar; each of dz and dkl may be None, and what only its part needs is then not read."""
     raw_logvar = load(logvar_ptrs, mask, DTYPE)
     logvar = clamp(raw_logvar, low, high, DTYPE)
-    dmu = dkl * load(mu_ptrs, mask, DTYPE)
-    dlogvar = dkl * expm1(logvar, DTYPE)
+    dmu = tl.zeros(raw_logvar.shape, DTYPE)
+    dlogvar = tl.zeros(raw_logvar.shape, DTYPE)
     if dz_ptrs is not None:
         dz = load(dz_ptrs, mask, DTYPE)
         dmu += dz
         dlogvar += dz * (exp(0.5 * logvar, DTYPE) * noise)
+    if dkl is not None:
+        dmu += dkl * load(mu_ptrs, mask, DTYPE)
+        dlogvar += dkl * expm1(logvar, DTYPE)
     dlogvar = inside(raw_logvar, low, high, 0.5 * dlogvar, DTYPE)
     if dmu_ptrs is not None:
         tl.store(dmu_ptrs, dmu.to(dmu_ptrs.dtype.element_ty), mask=mask)
@@ -136,9 +139,7 @@ def _reparam_kl_bwd_kernel(
     cols = first_col + tl.arange(0, BLOCK_COLS)[None, :]
     noise = tile_normals(seed, offset + rows * n_cols + first_col, BLOCK_COLS, RUN)
 
-    dkl = tl.zeros([BLOCK_ROWS, 1], DTYPE)
-    if dkl_ptr is not None:
-        dkl = tl.load(dkl_ptr + rows * dkl_stride, mask=rows < n_rows, other=0.0).to(DTYPE)
+    dkl = None if dkl_ptr is None else load(dkl_ptr + rows * dkl_stride, rows < n_rows, DTYPE)
     mu_ptrs = mu_ptr + element_offsets(rows, cols, mu_strides, sizes)
     logvar_ptrs = logvar_ptr + element_offsets(rows, cols, logvar_strides, sizes)
     dz_ptrs = None if dz_ptr is None else dz_ptr + element_offsets(rows, cols, dz_strides, sizes)
@@ -174,7 +175,7 @@ def reparam_kl_fwd(
     if mu.numel() == 0:
         return (mu.new_zeros(mu.shape[0], dtype=dtype) if with_kl else None), ()
     at = layout([mu, logvar, z], by_sample=with_kl, c_order=True)
-    t = tile(at.n_rows, at.n_cols, z.element_size(), max_programs=ONE_TILE_EACH, tile_bytes=NOISE_TILE_BYTES)
+    t = tile(at.n_rows, at.n_cols, z.element_size(), max_programs=ONE_TILE_EACH, noise=True)
     partials = mu.new_empty(at.n_rows, t.col_programs, dtype=dtype) if with_kl else None
     low, high = logvar_clamp or (None, None)
     with torch.cuda.device_of(mu):
@@ -213,7 +214,7 @@ def reparam_kl_bwd(
     dz = dz if dz is None or dz.ndim <= 5 else dz.contiguous()  # mu and logvar came so
     at = layout([mu, logvar, dz, dmu, dlogvar], by_sample=dkl is not None, c_order=True)
     dtype = accumulator(mu, logvar)
-    t = tile(at.n_rows, at.n_cols, mu.element_size(), max_programs=ONE_TILE_EACH, tile_bytes=NOISE_TILE_BYTES)
+    t = tile(at.n_rows, at.n_cols, mu.element_size(), max_programs=ONE_TILE_EACH, noise=True)
     low, high = logvar_clamp or (None, None)
     with torch.cuda.device_of(mu):
         _reparam_kl_bwd_kernel[(t.programs(at.n_rows),)](

@@ -1,0 +1,10 @@
+"""The reconstruction term alone, and the whole loss: sampling, reconstruction and KL, with the gradients of all."""
+
+import pytest
+
+OPS = ("recon", "whole")
+
+
+@pytest.mark.usefixtures("contend_op")
+def bench_elbo() -> None:
+    """The fixture does it: see conftest."""

@@ -1,0 +1,78 @@
+"""Figures of a run on one GPU, one day, one commit: kept after every measurement, so that a run can be resumed."""
+
+import json
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+Figures = dict[str, Any]
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The old file or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+class Results:
+    """`<gpu>-<date>.json`: the environment, and figures by part and case.
+
+    Args:
+        folder: Where the file stands.
+        environment: Stamp of this machine and checkout; its "gpu", "date" and "commit" decide which file is resumed.
+        fresh: Measure again what the file holds already.
+    """
+
+    def __init__(self, folder: Path, environment: Figures, *, fresh: bool = False) -> None:
+        gpu = re.sub(r"[^a-z0-9]+", "-", str(environment.get("gpu", "cpu")).lower()).strip("-")
+        self.path = folder / f"{gpu}-{environment['date']}.json"
+        self.content: dict[str, Any] = {"environment": environment, "parts": {}}
+        if self.path.exists():
+            earlier = json.loads(self.path.read_text())
+            commit = earlier["environment"]["commit"]
+            if commit != environment["commit"]:  # other code: its figures stay, under another name
+                self.path.replace(self.path.with_name(f"{self.path.stem}-{commit}.json"))
+            elif not fresh:
+                self.content["parts"] = earlier["parts"]
+
+    def has(self, part: str, case: str) -> bool:
+        """Whether the case is recorded and nothing in it failed."""
+        return "failed" not in self.content["parts"].get(part, {}).get(case, {"failed": "not measured"})
+
+    def record(self, part: str, case: str, figures: Figures) -> None:
+        """Keep the figures; "failed" among them says what went wrong, and has the case tried again by a later run."""
+        self.content["parts"].setdefault(part, {})[case] = figures
+        write_atomically(self.path, json.dumps(self.content, indent=1))
+
+    def write_markdown(self) -> Path:
+        """A table of each part beside the file; returns its path."""
+        lines = [f"# {self.path.stem}", ""]
+        lines += [f"- {key}: {value}" for key, value in self.content["environment"].items()]
+        for part, cases in self.content["parts"].items():
+            columns = list(dict.fromkeys(key for figures in cases.values() for key in figures))
+            lines += ["", f"## {part}", "", _row(["case", *columns]), _row(["---"] * (1 + len(columns)))]
+            lines += [_row([case, *(_cell(figures.get(c)) for c in columns)]) for case, figures in cases.items()]
+        path = self.path.with_suffix(".md")
+        write_atomically(path, "\n".join(lines) + "\n")
+        return path
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,225 @@
+"""What the compiler makes of the kernels, for GPUs that are not here: registers, widths, instructions, arithmetic."""
+
+import re
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+
+import fastvae
+from tests.support.aot import TARGETS, DryRun, report
+from tests.support.kernel_cases import (
+    CASES,
+    HUGE,
+    ODD,
+    ODD_BATCH,
+    SEVERAL_TILES,
+    SHORT_ROWS,
+    Case,
+    elements_per_program,
+)
+
+pytestmark = [pytest.mark.compiled, pytest.mark.usefixtures("kernels_for_tensors_anywhere")]
+NVIDIA = [target for target in TARGETS if target.startswith("sm_")]
+F32, BF16, F16, F64, U8 = torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint8
+
+SPECIAL = [
+    *(Case(op, dtype, shape=shape) for op in ("sample_kl", "kl") for dtype in (F32, BF16) for shape in (SHORT_ROWS,)),
+    *(Case("sample_kl", dtype, shape=ODD_BATCH) for dtype in (F32, BF16)),
+    *(Case(op, dtype, clamp=True) for op in ("sample_kl", "kl") for dtype in (F32, F64)),
+    Case("loss", F32, shape=SEVERAL_TILES),
+    Case("loss", BF16, U8, shape=SEVERAL_TILES),
+    Case("sample_kl", F32, shape=HUGE),
+    Case("loss", BF16, U8, shape=HUGE),
+    Case("whole_loss", BF16, U8, shape=ODD, latent_cols=32),
+]
+# everything where the instruction counts are taken; elsewhere what training runs, in the form with more code
+USUAL = [
+    *(Case(op, dtype, shape=ODD) for op in ("sample", "sample_kl", "loss") for dtype in (F32, BF16)),
+    *(Case("loss", BF16, dtype, shape=ODD) for dtype in (U8, F32)),
+    *(Case("sample_kl", dtype) for dtype in (F32, BF16)),
+    Case("loss", BF16, U8),
+    Case("whole_loss", BF16, U8, shape=ODD, latent_cols=32),
+]
+MATRIX = [
+    *((case, "sm_90") for case in (*CASES, *SPECIAL)),
+    *((case, target) for target in TARGETS if target != "sm_90" for case in USUAL),
+]
+ON_NVIDIA = [(case, target) for case, target in MATRIX if target in NVIDIA]
+
+
+def over(matrix, broken=lambda case, target: False, reason=""):
+    """Parametrize by case and target; `broken` ones are known to fail, and have to until someone repairs them."""
+    broken_mark = pytest.mark.xfail(strict=True, reason=reason)
+    return pytest.mark.parametrize(
+        ("case", "target"),
+        [
+            pytest.param(case, target, id=f"{case}-{target}", marks=[broken_mark] if broken(case, target) else [])
+            for case, target in matrix
+        ],
+    )
+
+
+@pytest.fixture
+def kernels_for_tensors_anywhere(monkeypatch):
+    """Launches are compiled and not executed, so any tensor will do: those on meta have no memory."""
+    monkeypatch.setattr("fastvae._backend._triton_obstacle", lambda *device: None)
+    with fastvae.use_backend("triton"):
+        yield
+
+
+@cache
+def launches(case, target):
+    """Of the forward and of the backward pass."""
+    with DryRun(target) as forward:
+        step = case.forward("meta")
+    with DryRun(target) as backward:
+        case.backward(step)
+    return tuple(forward.launches), tuple(backward.launches)
+
+
+def reports(case, target):
+    return [report(launch.kernel) for half in launches(case, target) for launch in half]
+
+
+def main_reports(case, target):
+    """Of the launches that see every element, with their elements per program; no folds of partial sums."""
+    for half in launches(case, target):
+        if half:
+            yield report(half[0].kernel), elements_per_program(half[0].arguments)
+
+
+@over(
+    MATRIX,
+    broken=lambda case, target: target == "sm_100" and case.latent_cols is not None,
+    reason="ptxas spills one register of 72",
+)
+def test_registers_are_not_spilled(case, target):
+    for facts in reports(case, target):
+        assert (facts.spill_stores, facts.spill_loads, facts.stack) == (0, 0, 0), facts.kernel.metadata.name
+
+
+def rows_are_aligned(case):
+    """Sampling numbers the noise by rows where it measures the KL: rows of any length take the general path."""
+    return case.op != "sample_kl" or case.shape[1] % 16 == 0
+
+
+def bytes_of(widths, *, wide):
+    return sum(width // 8 * count for width, count in widths.items() if (width >= 128) == wide)
+
+
+@over([(case, "sm_90") for case in (*CASES, *SPECIAL) if rows_are_aligned(case) and case.dtype != F64])
+def test_a_thread_moves_all_of_its_elements_by_16_bytes(case, target):
+    image = replace(case, op="loss") if case.op == "whole_loss" else case
+    moved = [image.forward_floor], [replace(image, upstream=u).backward_floor for u in (2.0, 3.0)]
+    for (facts, elements), floors in zip(main_reports(case, target), moved, strict=False):
+        per_thread = elements // (32 * facts.kernel.metadata.num_warps)
+        # paths through the tail leave out accesses; that through whole tiles has them all, and beside them at most a
+        # few numbers of a row: upstream gradients and partial sums
+        whole = [(floor.read * per_thread, floor.written * per_thread) for floor in floors]
+        assert any(
+            (bytes_of(path.global_loads, wide=True), bytes_of(path.global_stores, wide=True)) in whole
+            and bytes_of(path.global_loads, wide=False) <= 16
+            and bytes_of(path.global_stores, wide=False) <= 16
+            for path in facts.paths
+        ), facts.kernel.metadata.name
+
+
+@over([(case, target) for target in TARGETS if target != "sm_90" for case in USUAL if rows_are_aligned(case)])
+def test_accesses_of_16_bytes_elsewhere(case, target):
+    for half, (facts, _) in zip(("forward", "backward"), main_reports(case, target), strict=False):
+        assert max(facts.global_loads) >= 128, half
+        assert max(facts.global_stores) >= 128, half
+
+
+@over([(c, t) for c, t in MATRIX if c.has_noise and c.dtype != F64])
+def test_noise_stays_in_registers(case, target):
+    for facts, _ in main_reports(case, target):
+        if case.op == "sample_kl":
+            # the KL of rows, or its gradient, alone: a float32 for each row, or for each warp of a row
+            rows = launches(case, target)[0][0].arguments["BLOCK_ROWS"]
+            assert facts.shared <= 4 * max(rows, facts.kernel.metadata.num_warps)
+        else:
+            assert (facts.shared, facts.shared_accesses, facts.barriers) == (0, 0, 0)
+
+
+@over(ON_NVIDIA)
+def test_arithmetic_is_that_of_the_interpreter(case, target):
+    for facts in reports(case, target):
+        name = facts.kernel.metadata.name
+        assert not facts.drops_nan, name
+        assert facts.kernel.metadata.enable_fp_fusion, name
+        if case.has_noise and "fold" not in name:
+            assert facts.fused_multiply_add, name
+
+
+def widened_inputs(ptx):
+    """Registers that become a float64 straight after they were loaded, or passed, as a float32."""
+    registers = set()
+    for loaded in re.findall(r"\bld\.(?:global|param)[\w.:]*\.[bf]32\s+(\{[^}]*\}|%\w+)", ptx):
+        registers.update(re.findall(r"%\w+", loaded))
+    copies = re.findall(r"\bmov\.[bf]32\s+(%\w+), (%\w+);", ptx)
+    for _ in copies:
+        registers.update(to for to, source in copies if source in registers)
+    return registers.intersection(re.findall(r"\bcvt\.f64\.f32\s+%\w+, (%\w+);", ptx))
+
+
+@over([(case, target) for case, target in ON_NVIDIA if case.dtype == F64])
+def test_float64_keeps_its_digits(case, target):
+    for facts, _ in main_reports(case, target):
+        if case.has_noise:  # noise is float32 by definition
+            assert not widened_inputs(facts.kernel.asm["ptx"]), facts.kernel.metadata.name
+        else:
+            assert not facts.widens_floats, facts.kernel.metadata.name
+
+
+@over([(case, "sm_90") for case in (*CASES, *SPECIAL)])
+def test_offsets_have_64_bits(case, target):
+    for half in launches(case, target):
+        for launch in half[:1]:  # no folds of partial sums: those are few
+            additions = re.findall(r"tt\.addptr .*: tensor<.*>, tensor<(?:\d+x)*(i\d+)>", launch.kernel.asm["ttir"])
+            assert additions, launch.name
+            assert set(additions) == {"i64"}, launch.name
+
+
+def test_a_grid_covers_more_than_2_31_elements():
+    for case in (Case("sample_kl", F32, shape=HUGE), Case("loss", BF16, U8, shape=HUGE)):
+        forward, backward = launches(case, "sm_90")
+        for launch in (forward[0], backward[0]):
+            steps = launch.arguments.get("IMAGE_STEPS", 1)
+            assert launch.grid[0] * steps * elements_per_program(launch.arguments) >= case.n_elements, launch.name
+            assert launch.grid[0] < 2**31
+
+
+# instructions per element on sm_90, of the cheapest path through whole tiles
+BUDGETS = {"sample": 56, "sample_kl": 64}
+MEASURED = {  # forward, backward
+    Case("noise", F32): (39.3,),
+    Case("noise", BF16): (39.8,),
+    Case("sample", F32): (46.4, 62.9),
+    Case("sample", BF16): (49.5, 67.7),
+    Case("sample_kl", F32): (62.9, 63.4),
+    Case("sample_kl", BF16): (63.9, 68.1),
+    Case("kl", F32): (28.4, 28.9),
+    Case("kl", BF16): (24.6, 24.9),
+    Case("loss", F32): (19.0, 12.4),
+    Case("loss", BF16): (15.6, 8.7),
+    Case("loss", BF16, U8): (17.0, 10.1),
+    Case("loss", BF16, F32): (14.6, 8.7),
+}
+
+
+def instructions_per_element(case):
+    return [facts.instructions_per_element(elements) for facts, elements in main_reports(case, "sm_90")]
+
+
+@pytest.mark.parametrize("case", MEASURED, ids=str)
+def test_instructions_do_not_grow(case):
+    for found, measured in zip(instructions_per_element(case), MEASURED[case], strict=True):
+        assert found <= 1.1 * measured
+
+
+@over([(case, "sm_90") for case in MEASURED if case.op in BUDGETS])
+def test_sampling_stays_within_its_budget_of_instructions(case, target):
+    assert instructions_per_element(case)[0] <= BUDGETS[case.op]
