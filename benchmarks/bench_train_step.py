@@ -61,7 +61,7 @@ class Step:
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        return tuple(t.detach() for t in (loss, recon, self.images, mu, logvar))
+        return loss.detach(), recon.detach(), self.images, mu.detach(), logvar.detach()
 
 
 def check_step(outputs: Outputs) -> None:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,6 +81,13 @@ class Case:
         return {"sample": sample, "recon": recon, "whole": sample + recon}[self.op]
 
 
+class Result(NamedTuple):
+    """Of one call; no gradients from a forward pass alone."""
+
+    outputs: tuple[Tensor, ...]
+    gradients: tuple[Tensor, ...] | None
+
+
 class Trial:
     """A case with its tensors: so many sets of inputs that on a GPU none is still cached when its turn comes again."""
 
@@ -105,24 +113,25 @@ class Trial:
         images = () if self.case.op == "sample" else (image(precision.recon).requires_grad_(), image(precision.target))
         return (*images, *(() if self.case.op == "recon" else (latent(), latent())))
 
-    def caller(self, function: Callable[..., tuple[Tensor, ...]]) -> Callable[[int], object]:
-        """Call number i of a provider's function: its outputs, and with backward (outputs, gradients)."""
+    def caller(self, function: Callable[..., tuple[Tensor, ...]]) -> Callable[[int], Result]:
+        """Call number i of a provider's function, on input set i modulo their number."""
         precision = self.case.precision
         upstream = {"sample": (self.dz, self.dkl), "recon": (self.dloss,), "whole": (self.dloss, self.dz)}[self.case.op]
 
         cast: dict[tuple[torch.dtype, ...], list[Tensor]] = {}
 
-        def forward(i: int) -> object:
+        def forward(i: int) -> Result:
             with torch.no_grad(), precision.autocast(self.device):
-                return function(*self.inputs[i % len(self.inputs)])
+                return Result(function(*self.inputs[i % len(self.inputs)]), None)
 
-        def forward_backward(i: int) -> object:
+        def forward_backward(i: int) -> Result:
             inputs = self.inputs[i % len(self.inputs)]
             with precision.autocast(self.device):
                 outputs = function(*inputs)
             dtypes = tuple(output.dtype for output in outputs)
             if dtypes not in cast:  # providers differ in them; converting is no part of what is timed
                 cast[dtypes] = [u.to(dtype) for u, dtype in zip(upstream, dtypes, strict=True)]
-            return outputs, torch.autograd.grad(outputs, [x for x in inputs if x.requires_grad], cast[dtypes])
+            gradients = torch.autograd.grad(outputs, [x for x in inputs if x.requires_grad], cast[dtypes])
+            return Result(outputs, gradients)
 
         return forward if self.case.phase == "forward" else forward_backward

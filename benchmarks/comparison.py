@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ class Contest:
 
     name: str
     calls: dict[str, Call]
-    verify: Callable[[object], None]  # raises truth.WrongResult
+    verify: Callable[[Any], None]  # raises truth.WrongResult
     moved_bytes: int | None = None
 
 

@@ -5,6 +5,7 @@ figures to pytest-benchmark. `--benchmark-disable` checks every provider once on
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -54,17 +55,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         # what the compiler provokes itself: deprecated imports, a look at the gradients of inputs that are no leaves
         item.add_marker(pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"))
         item.add_marker(pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning"))
-        provider = item.callspec.params["provider"]
+        parameters = parameters_of(item)
+        provider = parameters["provider"]
         if reason := obstacle(provider, DEVICE):
             item.add_marker(pytest.mark.skip(reason=reason))
-        elif provider == COMPILED and config.getoption("benchmark_disable") and not _worth_compiling(item):
+        elif provider == COMPILED and config.getoption("benchmark_disable") and not _worth_compiling(parameters):
             item.add_marker(pytest.mark.skip(reason="without timing, one case of each op is compiled"))
 
 
-def _worth_compiling(item: pytest.Item) -> bool:
-    case = item.callspec.params.get("case")
+def parameters_of(item: Any) -> dict[str, Any]:
+    parameters: dict[str, Any] = item.callspec.params
+    return parameters
+
+
+def _worth_compiling(parameters: dict[str, Any]) -> bool:
+    case: Case | None = parameters.get("case")
     if case is None:
-        return item.callspec.params.get("network") == "mlp"
+        return parameters.get("network") == "mlp"
     return (case.precision, case.phase) == (FP32, "forward+backward")
 
 
@@ -72,7 +79,7 @@ Contender = Callable[[str, Callable[[list[str]], Contest]], None]
 
 
 @pytest.fixture
-def contend(benchmark, provider: str) -> Contender:
+def contend(benchmark: Any, provider: str) -> Contender:
     """Call it with a name and a function that sets up the contest between the providers it is given."""
 
     def run(name: str, contest_of: Callable[[list[str]], Contest]) -> None:

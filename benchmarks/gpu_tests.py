@@ -25,7 +25,8 @@ def commands(device: torch.device, dry: bool) -> dict[str, list[str]]:
     parity = [*pytest, "-p", "benchmarks.on_device", "--tensor-device", device.type, *files]
     parity += ["-k", "upstream_gradients_of_the_loss and float32" if dry else "not textbook"]  # its noise is a CPU's
     found = {f"parity {i}/{shards}": [*parity, "--shard", f"{i}/{shards}"] for i in range(1, shards + 1)}
-    return {"gpu": [*pytest, "-m", "gpu", str(ROOT / "tests" / "test_gpu.py")], **found}
+    gpu = [str(ROOT / "tests" / name) for name in ("test_gpu.py", "test_gpu_memory.py")]
+    return {"gpu": [*pytest, "-m", "gpu", *gpu], **found}
 
 
 def run(results: Results, device: torch.device, deadline: float, dry: bool) -> bool:

@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-Call = Callable[[int], object]  # call number i
+Call = Callable[[int], Any]  # call number i
 Clock = Callable[[Call, int], float]  # seconds per call of so many calls
 
 
@@ -53,7 +53,8 @@ def cuda_clock(call: Call, calls: int) -> float:
         call(i)
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) * 1e-3 / calls
+    milliseconds: float = start.elapsed_time(end)
+    return milliseconds * 1e-3 / calls
 
 
 def clock_of(device: torch.device) -> Clock:

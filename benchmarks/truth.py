@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .cases import Trial
+from .cases import Result, Trial
 
 _PIECE = 1 << 22  # elements held in float64 at a time
 
@@ -17,7 +17,7 @@ class WrongResult(AssertionError):
     """A provider whose numbers are off has no speed."""
 
 
-def check(trial: Trial, result: object) -> None:
+def check(trial: Trial, result: Result) -> None:
     """Compare what the first call of `Trial.caller` returned with the truth.
 
     Sampling is judged around the z that came: any standard normal noise is right.
@@ -26,24 +26,24 @@ def check(trial: Trial, result: object) -> None:
         WrongResult: what is off, and by how much.
     """
     case, inputs = trial.case, trial.inputs[0]
-    outputs, gradients = result if case.phase == "forward+backward" else (result, None)  # type: ignore[misc]
-    images, latents = (inputs[:2], inputs[2:]) if case.op != "sample" else ((), inputs)
+    outputs, gradients = result
+    batch = case.shape.image[0]
+    dloss = 1.0 if case.op == "sample" else case.upstream
+    loss = torch.zeros((), dtype=torch.float64, device=trial.device)
     with torch.no_grad():
-        terms: list[Tensor] = []
-        if images:
-            batch = images[0].shape[0]
-            terms.append(_squared_error(*images) / batch)
+        if case.op != "sample":
+            recon, target = inputs[:2]
+            loss += _squared_error(recon, target) / batch
             if gradients is not None:
-                _check_image_gradient(gradients[0], *images, 2 * case.upstream / batch)
-        if latents:
-            dkl = (1.0 if case.op == "sample" else case.upstream) / len(trial.dkl)
+                _check_image_gradient(gradients[0], recon, target, 2 * dloss / batch)
+        if case.op != "recon":
+            mu, logvar = inputs[-2:]
             z = outputs[0] if case.op == "sample" else outputs[1]
-            kl = _check_latents(*latents, z, None if gradients is None else gradients[-2:], trial.dz, dkl)
-            terms.append(kl.mean())
+            kl = _check_latents(mu, logvar, z, (gradients or ())[-2:], trial.dz, dloss / mu.shape[0])
+            loss += kl.mean()
         if case.op == "sample":
-            _near("kl", outputs[1], kl, kl.max(), _tolerance(*latents))
+            _near("kl", outputs[1], kl, kl.max(), _tolerance(*inputs))
         else:
-            loss = torch.stack(terms).sum()
             _near("loss", outputs[0], loss, loss, _tolerance(*inputs))
 
 
@@ -77,14 +77,14 @@ def _check_image_gradient(drecon: Tensor, recon: Tensor, target: Tensor, factor:
 
 
 def _check_latents(
-    mu: Tensor, logvar: Tensor, z: Tensor, gradients: tuple[Tensor, ...] | None, dz: Tensor, dkl: float
+    mu: Tensor, logvar: Tensor, z: Tensor, gradients: tuple[Tensor, ...], dz: Tensor, dkl: float
 ) -> Tensor:
     """Check the noise in z and the gradients; return the true KL of each sample."""
     kl = []
     moments = torch.zeros(2, dtype=torch.float64, device=mu.device)
     tolerance = _tolerance(mu, logvar)
     n = mu.numel()
-    pieces = _pieces(mu, logvar, z, dz, *(gradients or ()))
+    pieces = _pieces(mu, logvar, z, dz, *gradients)
     for mu, logvar, z, dz, *piece in pieces:
         spread = z - mu
         noise = spread * torch.exp(-0.5 * logvar)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import gpu, gpu_sweep, gpu_tests
-from benchmarks.cases import AUTOCAST, BF16, BYTES, FP16, FP32, OPS, PHASES, Case, Trial, square
+from benchmarks.cases import AUTOCAST, BF16, BYTES, FP16, FP32, OPS, PHASES, Case, Result, Trial, square
 from benchmarks.measure import Timings
 from benchmarks.peers import function_of
 from benchmarks.results import Results
@@ -103,13 +103,13 @@ def test_a_wrong_result_has_no_speed(op, precision):
     """Of each output and gradient in turn, one element is moved by a tenth: each time the check notices."""
     trial = Trial(Case(op, square(2000), precision, PHASES[1]), CPU)
     outputs, gradients = trial.caller(function_of("fastvae", op))(0)
-    check(trial, (outputs, gradients))
+    check(trial, Result(outputs, gradients))
     results = [t.detach().clone() for t in (*outputs, *gradients)]
     for i, tensor in enumerate(results):
         moved = [t.clone() for t in results]
         moved[i].view(-1)[-1] += 0.2 * tensor.abs().max() + 0.1
         with pytest.raises(WrongResult):
-            check(trial, (moved[: len(outputs)], moved[len(outputs) :]))
+            check(trial, Result(moved[: len(outputs)], moved[len(outputs) :]))
 
 
 def test_ratios_are_paired():

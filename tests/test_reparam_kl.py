@@ -97,6 +97,15 @@ def test_finite_over_the_whole_clamp_range(backend, dtype):
     assert logvar.grad[low].isfinite().all()
 
 
+def test_sampling_alone_knows_nothing_of_the_kl(backend):
+    """At logvar = 100 exp(logvar) overflows float32 and sigma does not: the gradient of z is finite."""
+    mu, logvar = torch.zeros(1, 4, requires_grad=True), torch.full((1, 4), 100.0, requires_grad=True)
+    z = fastvae.reparameterize(mu, logvar, seed=1)
+    z.sum().backward()
+    torch.testing.assert_close(logvar.grad, 0.5 * z.detach())
+    assert z.isfinite().all()
+
+
 def test_noise_without_a_seed_is_what_the_textbook_draws():
     mu, logvar = gaussian((6, 50), torch.float32)
     with fastvae.use_backend("torch"):

@@ -27,12 +27,15 @@ from .philox import noise_run, philox_normal, tile_normals
 
 
 @triton.jit
-def _sample_tile(mu_ptrs, logvar_ptrs, z_ptrs, noise, mask, low, high, DTYPE: tl.constexpr):
+def _sample_tile(mu_ptrs, logvar_ptrs, z_ptrs, noise, mask, low, high, WITH_KL: tl.constexpr, DTYPE: tl.constexpr):
+    """Store z; return twice the KL of each element (zeros if it is not asked for)."""
     mu = load(mu_ptrs, mask, DTYPE)
     logvar = clamp(load(logvar_ptrs, mask, DTYPE), low, high, DTYPE)
     sigma = exp(0.5 * logvar, DTYPE)
     tl.store(z_ptrs, (mu + sigma * noise).to(z_ptrs.dtype.element_ty), mask=mask)
-    kl = twice_kl_element(mu, logvar, sigma, DTYPE)
+    kl = tl.zeros(mu.shape, DTYPE)
+    if WITH_KL:
+        kl = twice_kl_element(mu, logvar, sigma, DTYPE)
     # lanes outside hold mu = logvar = 0, whose KL is 0 unless a clamp moved that logvar
     return kl if mask is None else tl.where(mask, kl, 0.0)
 
@@ -72,10 +75,10 @@ def _reparam_kl_fwd_kernel(
     logvar_ptrs = logvar_ptr + element_offsets(rows, cols, logvar_strides, sizes)
     z_ptrs = z_ptr + element_offsets(rows, cols, z_strides, sizes)
     if (first_row + BLOCK_ROWS <= n_rows) & (first_col + BLOCK_COLS <= n_cols):
-        kl = _sample_tile(mu_ptrs, logvar_ptrs, z_ptrs, noise, None, low, high, DTYPE)
+        kl = _sample_tile(mu_ptrs, logvar_ptrs, z_ptrs, noise, None, low, high, kl_ptr is not None, DTYPE)
     else:
         mask = (rows < n_rows) & (cols < n_cols)
-        kl = _sample_tile(mu_ptrs, logvar_ptrs, z_ptrs, noise, mask, low, high, DTYPE)
+        kl = _sample_tile(mu_ptrs, logvar_ptrs, z_ptrs, noise, mask, low, high, kl_ptr is not None, DTYPE)
     if kl_ptr is not None:
         sums = 0.5 * tl.sum(kl, axis=1)[:, None]
         tl.store(kl_ptr + rows * n_col_programs + col_program, sums, mask=rows < n_rows)
