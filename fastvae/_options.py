@@ -1,14 +1,14 @@
 """What the ops hand down to a backend, in one piece."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
 Clamp = tuple[float, float]
 
 
-@dataclass(frozen=True, slots=True)
-class ElboOptions:
+class ElboOptions(NamedTuple):
     """Constants of one loss call. The kernels read the same fields.
 
     The terms are `recon = recon_scale * sum(error)` and `kl = kl_scale * sum(KL)`, over each row if `per_sample` and

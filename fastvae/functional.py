@@ -283,7 +283,7 @@ def _drawn(mu: Tensor, generator: torch.Generator | None) -> Tensor:
         return torch.randn_like(mu)
     if generator.device == mu.device:
         return torch.empty_like(mu).normal_(generator=generator)
-    return torch.randn(mu.shape, generator=generator, dtype=mu.dtype).to(mu.device)
+    return torch.randn(mu.shape, generator=generator, dtype=mu.dtype, device=generator.device).to(mu.device)
 
 
 def sample(
@@ -327,6 +327,10 @@ def _elbo(
         return VAELossTerms(*reference.elbo(recon, target, mu, logvar, kl, options))
     recon, target, mu, logvar = (None if t is None else few_dims(t) for t in (recon, target, mu, logvar))
     weights = (w if isinstance(w, Tensor) else None for w in (options.beta, options.recon_weight))
-    one_pass = one_pass and torch.is_grad_enabled()
+    if not torch.is_grad_enabled():  # no node of a graph is needed
+        like = next(t for t in (recon, mu, kl) if t is not None)
+        room = _backend.room(_backend.backend_of(like), "elbo")
+        loss, recon_term, kl_term, _ = room.elbo_fwd(recon, target, mu, logvar, kl, None, options)
+        return VAELossTerms(loss, recon_term, kl_term)
     inputs = (recon, target, mu, logvar, kl, *weights)
     return VAELossTerms(*ElboFunction.apply(*inputs, options, one_pass, inplace))  # type: ignore[no-untyped-call]

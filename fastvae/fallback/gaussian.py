@@ -15,9 +15,14 @@ def rows(per_sample: Tensor, like: Tensor) -> Tensor:
     return per_sample.reshape(-1, *[1] * (like.ndim - 1))
 
 
+def sum_by_sample(elements: Tensor) -> Tensor:
+    """[B, ...] -> [B]; may return `elements` itself."""
+    return elements if elements.ndim == 1 else elements.sum(1 if elements.ndim == 2 else tuple(range(1, elements.ndim)))
+
+
 def kl_per_sample(mu: Tensor, logvar: Tensor, expm1: Tensor) -> Tensor:
     """[B]: sum of (mu^2 + expm1(logvar) - logvar) / 2 over each sample; all three already in the dtype of
     arithmetic.
     """
     elements = torch.sub(expm1, logvar).addcmul_(mu, mu)
-    return (elements.flatten(1).sum(1) if elements.ndim > 1 else elements).mul_(0.5)
+    return sum_by_sample(elements).mul_(0.5)

@@ -45,30 +45,32 @@ def reparam_kl_bwd(
     dtype = compute_dtype(mu, logvar)
     dz = None if dz is None else dz.to(dtype)
     dkl = None if dkl is None else rows(dkl.to(dtype), mu)
-    _gradient(dmu, dz, None, dkl, mu.to(dtype))
+    if dmu is not None:
+        _combine(dz, None, dkl, mu.to(dtype), 1.0, dmu)
     if dlogvar is not None:
-        _gradient(dlogvar, dz, saved[0], dkl, saved[1] if dkl is not None else None, scale=0.5)
+        spread, expm1 = saved[0], saved[1] if dkl is not None else None
+        _combine(dz, spread, None if dkl is None else dkl * 0.5, expm1, 0.5, dlogvar)
         if logvar_clamp is not None:
             dlogvar.masked_fill_((logvar < logvar_clamp[0]) | (logvar > logvar_clamp[1]), 0)
 
 
-def _gradient(
-    out: Tensor | None,
-    dz: Tensor | None,
-    factor: Tensor | None,
-    dkl: Tensor | None,
-    term: Tensor | None,
-    scale: float = 1.0,
+def _combine(
+    dz: Tensor | None, factor: Tensor | None, dkl: Tensor | None, term: Tensor | None, value: float, out: Tensor
 ) -> None:
-    """out = scale * (dz * factor + dkl * term); what is None is left out (a factor of None is 1)."""
-    if out is None:
-        return
-    total: Tensor | None = None
-    if dz is not None:
-        total = dz if factor is None else dz * factor
-    if dkl is not None and term is not None:
-        total = dkl * term if total is None else torch.addcmul(total, dkl.expand_as(term), term)
-    if total is None:
-        out.zero_()
+    """out = value * dz * factor + dkl * term, rounded once; what is None is left out (a factor of None is 1)."""
+    if dkl is None or term is None:
+        if dz is None:
+            out.zero_()
+        elif factor is None:
+            out.copy_(dz)
+        else:
+            torch.mul(dz, factor * value if out.dtype != dz.dtype else factor, out=out)
+            if out.dtype == dz.dtype:
+                out.mul_(value)
+    elif dz is None:
+        torch.mul(dkl, term, out=out)
+    elif factor is None:
+        torch.addcmul(dz, dkl, term, out=out)
     else:
-        torch.mul(total, scale, out=out)
+        product = torch.mul(dkl, term, out=out if out.dtype == dz.dtype else None)
+        torch.addcmul(product, dz, factor, value=value, out=out)

@@ -4,7 +4,6 @@ Where it can be right, the forward pass writes recon's gradient along with the l
 backward pass then only checks that the upstream gradient is 1.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -54,7 +53,8 @@ class ElboFunction(torch.autograd.Function):
         ctx.save_for_backward(
             *(recon, target, mu, logvar, kl),
             *(t if t is not None and t.requires_grad else None for t in (beta, recon_weight)),
-            *(drecon, weights, recon_term, kl_term),
+            *(drecon, weights),
+            *((None, None) if beta is None and recon_weight is None else (recon_term, kl_term)),
         )
         return loss, recon_term, kl_term
 
@@ -64,7 +64,7 @@ class ElboFunction(torch.autograd.Function):
         options = ctx.options
         if weights is not None:  # the values that the forward pass saw, whatever became of the tensors since
             seen = {"recon_weight": weights[0], "beta": weights[1]}
-            options = replace(options, **{k: v for k, v in seen.items() if isinstance(getattr(options, k), Tensor)})
+            options = options._replace(**{k: v for k, v in seen.items() if isinstance(getattr(options, k), Tensor)})
         inputs = (recon, target, mu, logvar, kl, beta, recon_weight)
         wanted = ctx.needs_input_grad[: len(inputs)]
         if ctx.inplace and (torch.is_grad_enabled() or not ctx.holds_forward_gradient):
@@ -74,9 +74,9 @@ class ElboFunction(torch.autograd.Function):
             )
         if torch.is_grad_enabled():  # create_graph=True: the kernels are not differentiable, the reference is
             if beta is not None:
-                options = replace(options, beta=beta)
+                options = options._replace(beta=beta)
             if recon_weight is not None:
-                options = replace(options, recon_weight=recon_weight)
+                options = options._replace(recon_weight=recon_weight)
             outputs = reference.elbo(recon, target, mu, logvar, kl, options)
             return *gradients_through(outputs, upstream, inputs, wanted), None, None, None
 
