@@ -49,15 +49,10 @@ MATRIX = [
 ON_NVIDIA = [(case, target) for case, target in MATRIX if target in NVIDIA]
 
 
-def over(matrix, broken=lambda case, target: False, reason=""):
-    """Parametrize by case and target; `broken` ones are known to fail, and have to until someone repairs them."""
-    broken_mark = pytest.mark.xfail(strict=True, reason=reason)
+def over(matrix):
+    """Parametrize by case and target."""
     return pytest.mark.parametrize(
-        ("case", "target"),
-        [
-            pytest.param(case, target, id=f"{case}-{target}", marks=[broken_mark] if broken(case, target) else [])
-            for case, target in matrix
-        ],
+        ("case", "target"), [pytest.param(case, target, id=f"{case}-{target}") for case, target in matrix]
     )
 
 
@@ -90,11 +85,7 @@ def main_reports(case, target):
             yield report(half[0].kernel), elements_per_program(half[0].arguments)
 
 
-@over(
-    MATRIX,
-    broken=lambda case, target: target == "sm_100" and case.latent_cols is not None,
-    reason="ptxas spills one register of 72",
-)
+@over(MATRIX)
 def test_registers_are_not_spilled(case, target):
     for facts in reports(case, target):
         assert (facts.spill_stores, facts.spill_loads, facts.stack) == (0, 0, 0), facts.kernel.metadata.name

@@ -1,6 +1,7 @@
 """Reconstruction errors as pairs of small device functions: the error of an element and its gradient by recon.
 
-One generic kernel takes a pair as constants, so a new likelihood is a new pair here and not a new kernel.
+One generic kernel takes a pair as constants, so a new likelihood is a new pair here and not a new kernel. The error of
+(0, 0), which lanes outside the tensors hold, has to be 0.
 """
 
 import torch
