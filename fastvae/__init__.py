@@ -1,5 +1,10 @@
 """fastvae: sampling and loss of variational autoencoders at the cost of a copy."""
 
+from . import integrations as integrations
+from . import likelihoods as likelihoods
+from . import parametrizations as parametrizations
+from . import regularizers as regularizers
+from . import schedules as schedules
 from ._backend import set_backend as set_backend
 from ._backend import use_backend as use_backend
 from .distributions import DiagonalGaussian as DiagonalGaussian
@@ -11,5 +16,7 @@ from .functional import reparameterize as reparameterize
 from .functional import reparameterize_kl as reparameterize_kl
 from .functional import vae_loss as vae_loss
 from .loss import VAELoss as VAELoss
+from .statistics import LatentStats as LatentStats
+from .statistics import latent_stats as latent_stats
 
 __version__ = "0.1.0"

@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -13,7 +13,6 @@ from ._strides import is_dense
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 REDUCTIONS = ("batchmean", "sum", "mean", "none")
-LIKELIHOODS = ("l2",)
 
 
 def _names(dtypes: Iterable[torch.dtype]) -> str:
@@ -99,10 +98,96 @@ def images(recon: Tensor, target: Tensor) -> None:
     same_device("recon", recon, "target", target)
 
 
+def number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number; got {type(value).__name__}.")
+    return float(value)
+
+
+def positive(name: str, value: object) -> None:
+    if not 0 < number(name, value) < math.inf:
+        fail(f"{name} must be positive and finite; got {value!r}.")
+
+
+def not_negative(name: str, value: object) -> None:
+    if not 0 <= number(name, value) < math.inf:
+        fail(f"{name} must be 0 or more, and finite; got {value!r}.")
+
+
+def fraction(name: str, value: object) -> None:
+    if not 0 <= number(name, value) <= 1:
+        fail(f"{name} must be between 0 and 1; got {value!r}.")
+
+
+def log_scale(name: str, value: object, *, also: str | None = None) -> None:
+    """The log of a decoder's scale, as a likelihood is given it."""
+    if isinstance(value, str) and value == also:
+        return
+    if isinstance(value, Tensor):
+        if value.dtype not in FLOATS:
+            raise TypeError(f"{name} must be one of {_names(FLOATS)}; got {_names([value.dtype])}. Convert it.")
+    elif isinstance(value, str):
+        fail(f"{name} must be a float{f', {also!r}' if also else ''} or a tensor; got {value!r}.")
+    elif math.isnan(number(name, value)):
+        fail(f"{name} must be a number; got {value!r}.")
+
+
+def expanded(name: str, tensor: Tensor, other: str, like: Tensor) -> Tensor:
+    """`tensor` in the shape of `like`."""
+    same_device(name, tensor, other, like)
+    try:
+        return tensor.expand(like.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"{name} must broadcast to {other}'s shape {tuple(like.shape)}; got {tuple(tensor.shape)}. Insert "
+            "dimensions of size 1 where it is the same for all."
+        ) from None
+
+
+def mask(value: object, recon: Tensor) -> Tensor:
+    """`value` in the shape of recon."""
+    if not isinstance(value, Tensor) or value.dtype != torch.bool:
+        came = _names([value.dtype]) if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"mask must be a bool tensor; got {came}. Compare, for example mask > 0.5.")
+    return expanded("mask", value, "recon", recon)
+
+
+def prior(value: Any, mu: Tensor) -> tuple[Tensor, Tensor]:
+    """(mu, logvar) of the prior in the shape of the posterior's."""
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise TypeError(f"prior must be None or a pair of tensors (mu, logvar); got {type(value).__name__}.")
+    for name, tensor in zip(("prior's mu", "prior's logvar"), value, strict=True):
+        if not isinstance(tensor, Tensor) or tensor.dtype not in FLOATS:
+            came = _names([tensor.dtype]) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{name} must be a tensor of {_names(FLOATS)}; got {came}.")
+    return expanded("prior's mu", value[0], "mu", mu), expanded("prior's logvar", value[1], "mu", mu)
+
+
+def one_a_sample(name: str, tensor: object, like: Tensor) -> None:
+    """weight, extra, kl: [B]."""
+    float_tensor(name, tensor)
+    assert isinstance(tensor, Tensor)
+    if tensor.shape != like.shape[:1]:
+        fail(
+            f"{name} must have shape [B] = ({like.shape[0]},), one value a sample; got {tuple(tensor.shape)}. "
+            "Reduce or flatten it."
+        )
+    same_device(name, tensor, "the inputs", like)
+
+
 def latents(
-    recon: Tensor, mu: Tensor | None, logvar: Tensor | None, kl: Tensor | None, kl_reduction: str, clamp: object
+    recon: Tensor,
+    mu: Tensor | None,
+    logvar: Tensor | None,
+    kl: Tensor | None,
+    kl_reduction: str,
+    *,
+    per_element: Mapping[str, object],
 ) -> int:
-    """Check what a loss is told of the posterior; return its number of elements (0 where nothing asks for it)."""
+    """Check what a loss is told of the posterior; return its number of elements (0 where nothing asks for it).
+
+    per_element: options that need mu and logvar, by name.
+    """
     batch = recon.shape[0]
     if kl is None:
         if mu is None or logvar is None:
@@ -111,15 +196,10 @@ def latents(
             )
         gaussian(mu, logvar)
     else:
-        float_tensor("kl", kl)
-        same_device("recon", recon, "kl", kl)
-        if kl.shape != (batch,):
-            fail(
-                f"kl must have shape [B] = ({batch},), one value a sample of recon; got {tuple(kl.shape)}. "
-                "Pass what reparameterize_kl returned."
-            )
-        if clamp is not None:
-            fail("logvar_clamp cannot act on kl=, which is already measured. Pass it to reparameterize_kl.")
+        one_a_sample("kl", kl, recon)
+        for name, value in per_element.items():
+            if value is not None:
+                fail(f"{name} cannot act on kl=, which is already measured. Pass mu and logvar instead.")
         if logvar is not None:
             fail("kl= replaces logvar; got both. Pass one of them (mu may stay, for its element count).")
         if mu is None and kl_reduction == "mean":
@@ -146,6 +226,31 @@ def weight(name: str, value: object, like: Tensor) -> None:
         same_device(name, value, "the inputs", like)
     elif isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a float or a 0-dimensional tensor; got {type(value).__name__}.")
+
+
+def regularizers(free_bits: Any, free_bits_type: type, capacity: Any, capacity_type: type) -> None:
+    for name, value, kind in (("free_bits", free_bits, free_bits_type), ("capacity", capacity, capacity_type)):
+        if value is not None and not isinstance(value, kind):
+            raise TypeError(
+                f"{name} must be None or a {kind.__module__}.{kind.__name__}; got {type(value).__name__}. "
+                f"For example {kind.__name__}(0.5)."
+            )
+
+
+def defined(free_bits: Any, capacity: Any, mask_normalize: bool, reductions: tuple[str, str]) -> None:
+    """Options that others leave without a meaning."""
+    recon_reduction, kl_reduction = reductions
+    of_batch = free_bits is not None and free_bits.mode == "dim_batch"
+    if of_batch and capacity is not None and capacity.mode == "sample":
+        fail('a capacity of each sample has no meaning after free bits of the batch. Use Capacity(..., mode="batch").')
+    for option, whole in (("free_bits", of_batch), ("capacity", capacity is not None and capacity.mode == "batch")):
+        if whole and kl_reduction == "none":
+            fail(f'{option} of the batch has no value per sample; got kl_reduction="none". Choose another mode.')
+    if mask_normalize and recon_reduction in ("sum", "none"):
+        fail(
+            "mask_normalize divides by the mask's sum in place of another number, and "
+            f'recon_reduction="{recon_reduction}" divides by none. Use "batchmean" or "mean".'
+        )
 
 
 def overwritable(recon: Tensor, target: Tensor, recon_weight: object, one_pass: bool) -> None:

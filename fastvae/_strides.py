@@ -14,6 +14,7 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
-def few_dims(tensor: Tensor) -> Tensor:
-    """Up to five dimensions are read in place, whatever their strides; a tensor of more is made contiguous."""
+def readable(tensor: Tensor) -> Tensor:
+    """What kernels read in place: up to five dimensions, whatever their strides, and no negation that torch put off."""
+    tensor = tensor.resolve_neg()
     return tensor if tensor.ndim <= 5 else tensor.contiguous()

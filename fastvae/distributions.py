@@ -5,7 +5,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from . import _checks, functional, reference
+from . import _checks, functional, reference, sampling
 from ._options import Clamp
 
 
@@ -92,7 +92,7 @@ class DiagonalGaussian:
     ) -> tuple[Tensor, Tensor | None]:
         if self.deterministic:
             return self.mean, self.kl() if with_kl else None
-        return functional.sample(
+        return sampling.sample(
             self.mean, self._logvar, generator, seed, offset, self._clamp, with_kl=with_kl, packed=self._packed
         )
 
@@ -100,6 +100,8 @@ class DiagonalGaussian:
         """KL(self || other), [B] in nats; other: N(0, I) if None.
 
             sum of (logvar_o - logvar + (var + (mean - mean_o)^2) / var_o - 1) / 2
+
+        Infinite if only `other` is deterministic.
 
         Raises:
             ValueError: shapes or devices differ.
@@ -111,11 +113,10 @@ class DiagonalGaussian:
             return functional.gaussian_kl(self.mean, self._logvar, reduction="none", logvar_clamp=self._clamp)
         _checks.same_shape("self", self.mean, "other", other.mean)
         _checks.same_device("self", self.mean, "other", other.mean)
-        dtype = reference.compute_dtype(self.mean, self._logvar, other.mean, other._logvar)
-        logvar, other_logvar = self.logvar.to(dtype), other.logvar.to(dtype)
-        distance = (self.mean.to(dtype) - other.mean.to(dtype)).square() * torch.exp(-other_logvar)
-        ratio = logvar - other_logvar
-        return reference.per_sample(0.5 * (distance + (torch.expm1(ratio) - ratio)))
+        if other.deterministic:  # nothing with a width fits into a point
+            return self.kl() + torch.inf
+        prior = (other.mean, other.logvar)
+        return functional.gaussian_kl(self.mean, self._logvar, prior=prior, reduction="none", logvar_clamp=self._clamp)
 
     def nll(self, sample: Tensor) -> Tensor:
         """Negative log-likelihood of a sample, [B] in nats.

@@ -1,24 +1,20 @@
-"""The public functions: check what came, choose the noise, hand over to an op."""
+"""The public functions: what they mean, and whether what came makes sense."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import _backend, _checks, reference
-from ._options import Clamp, ElboOptions, Noise, PhiloxNoise
-from ._strides import few_dims
-from .ops.elbo import ElboFunction
-from .ops.reparam_kl import ReparamKLFunction
+from . import _checks, likelihoods
+from ._options import Clamp
+from .likelihoods import Likelihood
+from .objective import VAELossTerms as VAELossTerms
+from .objective import objective
+from .regularizers import Capacity, FreeBits
+from .sampling import philox, sample
+from .terms import Images, Latents
 
-
-class VAELossTerms(NamedTuple):
-    """What a VAE's loss is made of; each term is differentiable on its own."""
-
-    loss: Tensor
-    recon: Tensor
-    kl: Tensor
+Prior = tuple[Tensor, Tensor]
 
 
 def reparameterize(
@@ -80,49 +76,63 @@ def reparameterize_kl(
 
 
 def gaussian_kl(
-    mu: Tensor, logvar: Tensor, *, reduction: str = "batchmean", logvar_clamp: Clamp | None = None
+    mu: Tensor,
+    logvar: Tensor,
+    *,
+    prior: Prior | None = None,
+    reduction: str = "batchmean",
+    logvar_clamp: Clamp | None = None,
 ) -> Tensor:
-    """KL(N(mu, exp(logvar)) || N(0, I)) = sum of (mu^2 + exp(logvar) - 1 - logvar) / 2, in nats.
+    """KL(N(mu, exp(logvar)) || prior), in nats; of N(0, I) the sum of (mu^2 + exp(logvar) - 1 - logvar) / 2.
 
+    Of another Gaussian, with r = logvar - logvar_p, the sum of ((mu - mu_p)^2 / exp(logvar_p) + exp(r) - 1 - r) / 2.
     Evaluated without cancellation: exact to a few ulp where posterior and prior nearly agree.
 
     Args:
         mu: Posterior mean, [B, ...]; float64, float32, bfloat16 or float16; any strides.
         logvar: Log of the posterior variance; shape and device of `mu`.
+        prior: None for N(0, I), or (mu_p, logvar_p), which broadcast to the shape of `mu` and get gradients.
         reduction: "batchmean": sum over all, divided by B; "sum"; "mean": divided by the number of elements; "none":
             [B].
-        logvar_clamp: None, or (lo, hi): logvar is clamped first; its gradient is zero outside.
+        logvar_clamp: None, or (lo, hi): logvar is clamped first; its gradient is zero outside. Not the prior's.
 
     Returns:
         0-d, or [B] for "none"; float64 if an input is, else float32.
 
     Raises:
         ValueError: shapes or devices differ; unknown reduction; bounds out of order.
-        TypeError: not a floating point tensor.
+        TypeError: not a floating point tensor; a prior that is no pair of tensors.
 
     Source: Kingma & Welling, arXiv:1312.6114, appendix B.
     """
     _checks.gaussian(mu, logvar)
     _checks.choice("reduction", reduction, _checks.REDUCTIONS)
-    options = ElboOptions(
-        kl_scale=_scale(reduction, mu.shape[0], mu.numel()),
-        per_sample=reduction == "none",
+    latents = Latents(
+        reduction,
+        mu,
+        logvar,
+        prior=None if prior is None else _checks.prior(prior, mu),
         logvar_clamp=_checks.logvar_clamp(logvar_clamp),
     )
-    return _elbo(None, None, mu, logvar, None, options, one_pass=False).kl
+    return objective(None, latents).kl
 
 
 def reconstruction_loss(
-    recon: Tensor, target: Tensor, *, likelihood: str = "l2", reduction: str = "batchmean"
+    recon: Tensor,
+    target: Tensor,
+    *,
+    likelihood: str | Likelihood = "l2",
+    reduction: str = "batchmean",
+    weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    extra: Tensor | None = None,
 ) -> Tensor:
-    """Error of a reconstruction: "l2" is the sum of (recon - target)^2, without 1/2 and without constants.
-
-    It is the negative log-likelihood, in nats and up to a constant, of a Gaussian decoder of variance 1/2.
+    """Error of a reconstruction, sum over its elements: "l2" is the sum of (recon - target)^2.
 
     Args:
         recon: The decoder's output, [B, ...]; float64, float32, bfloat16 or float16; any strides.
         target: Shape and device of `recon`; floating point, or uint8, which stands for value / 255.
-        likelihood: "l2".
+        likelihood, weight, mask, extra: As in `vae_loss`.
         reduction: "batchmean": sum over all, divided by B; "sum"; "mean": divided by the number of elements; "none":
             [B].
 
@@ -130,14 +140,13 @@ def reconstruction_loss(
         0-d, or [B] for "none"; float64 if an input is, else float32.
 
     Raises:
-        ValueError: shapes or devices differ; unknown likelihood or reduction.
-        TypeError: not a floating point tensor (or uint8, for `target`).
+        ValueError: shapes or devices differ; unknown likelihood or reduction; mask_normalize without a normaliser.
+        TypeError: not a floating point tensor (or uint8, for `target`); a mask that is not bool.
     """
-    _checks.images(recon, target)
-    _checks.choice("likelihood", likelihood, _checks.LIKELIHOODS)
     _checks.choice("reduction", reduction, _checks.REDUCTIONS)
-    options = ElboOptions(recon_scale=_scale(reduction, recon.shape[0], recon.numel()), per_sample=reduction == "none")
-    return _elbo(recon, target, None, None, None, options, one_pass=True).recon
+    images = _images(recon, target, likelihood, reduction, weight, mask, extra)
+    _checks.defined(None, None, images.likelihood.mask_normalize, (reduction, reduction))
+    return objective(images, None).recon
 
 
 def vae_loss(
@@ -148,12 +157,18 @@ def vae_loss(
     *,
     kl: Tensor | None = None,
     beta: float | Tensor = 1.0,
-    likelihood: str = "l2",
+    likelihood: str | Likelihood = "l2",
     reduction: str = "batchmean",
     recon_reduction: str | None = None,
     kl_reduction: str | None = None,
     recon_weight: float | Tensor = 1.0,
     logvar_clamp: Clamp | None = None,
+    free_bits: FreeBits | None = None,
+    capacity: Capacity | None = None,
+    prior: Prior | None = None,
+    weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    extra: Tensor | None = None,
     one_pass: bool = True,
     inplace: bool = False,
 ) -> VAELossTerms:
@@ -170,12 +185,22 @@ def vae_loss(
             given too, only supplies the element count of kl_reduction="mean".
         beta: Weight of the KL: a float, or a 0-d tensor on the inputs' device, which may change between steps without
             a sync or a recompilation; the backward pass uses the value that the forward pass saw.
-        likelihood: "l2".
+        likelihood: "l2", "l1", "huber", "smooth_l1", "log_cosh", "bernoulli" (logits), "bernoulli_probs", or an object
+            of `fastvae.likelihoods`, where their formulas are.
         reduction: "batchmean": sum over elements, mean over the batch; "sum"; "mean": each term over its own elements;
             "none": [B].
         recon_reduction, kl_reduction: Override `reduction` for one term.
         recon_weight: Weight of the reconstruction term; as `beta`.
         logvar_clamp: None, or (lo, hi): logvar is clamped first; its gradient is zero outside, as torch.clamp's.
+        free_bits: `fastvae.regularizers.FreeBits`: KL that costs nothing.
+        capacity: `fastvae.regularizers.Capacity`: |KL - capacity| in place of the KL, after free bits.
+        prior: None for N(0, I), or (mu, logvar), which broadcast to the posterior's shape and get gradients.
+        weight: [B]: multiplies both terms of each sample; the sum is divided by B all the same, never by the weights'.
+        mask: bool, broadcasts to recon's shape: elements outside count as 0 and get no gradient, even if they are NaN.
+            The divisor stays B (or, for "mean", the number of all elements), unless the likelihood has
+            mask_normalize=True: then it is the number of elements that the mask selects. The KL is not masked.
+        extra: [B]: is added to the error of every element, within the likelihood's scale (D times in all); a term that
+            counts once is extra / D.
         one_pass: Let the forward pass write recon's gradient, where that is right (12 bytes a float32 pixel instead of
             20). It holds a buffer of recon's size from the forward pass on; False computes the gradient in the
             backward pass.
@@ -185,37 +210,60 @@ def vae_loss(
 
     Returns:
         VAELossTerms(loss, recon, kl): 0-d, or [B] for "none"; float64 if an input is, else float32. Each is
-        differentiable.
+        differentiable. `recon` is after likelihood, weight, mask, extra and reduction; `kl` is before free bits,
+        capacity and beta, which only the loss has.
 
     Raises:
         ValueError: shapes or devices differ; unknown likelihood or reduction; one term "none" and the other not;
-            neither kl nor mu and logvar; kl with logvar_clamp, with logvar, or with kl_reduction="mean" and no mu;
-            inplace with a leaf, with overlapping memory, or where one pass is not right.
-        TypeError: not a floating point tensor (or uint8, for `target`); beta or recon_weight not a number.
+            neither kl nor mu and logvar; kl with logvar, with kl_reduction="mean" and no mu, or with what acts on its
+            elements (logvar_clamp, prior, free bits by dimension); inplace with a leaf, with overlapping memory, or
+            where one pass is not right; an option that a "none" reduction leaves without a meaning.
+        TypeError: not a floating point tensor (or uint8, for `target`); beta or recon_weight not a number; a mask that
+            is not bool.
         RuntimeError: inplace and a second backward pass, or an earlier operation needs the overwritten output (sigmoid,
             tanh and relu do: let the decoder end in a linear layer).
 
     Source: Kingma & Welling, arXiv:1312.6114, eq. 10; beta: Higgins et al., beta-VAE, ICLR 2017.
     """
-    _checks.images(recon, target)
-    _checks.choice("likelihood", likelihood, _checks.LIKELIHOODS)
-    recon_reduction, kl_reduction = _checks.reductions(reduction, recon_reduction, kl_reduction)
+    reductions = _checks.reductions(reduction, recon_reduction, kl_reduction)
+    images = _images(recon, target, likelihood, reductions[0], weight, mask, extra)
     _checks.weight("beta", beta, recon)
     _checks.weight("recon_weight", recon_weight, recon)
-    latents = _checks.latents(recon, mu, logvar, kl, kl_reduction, logvar_clamp)
-    options = ElboOptions(
-        beta=beta,
-        recon_weight=recon_weight,
-        recon_scale=_scale(recon_reduction, recon.shape[0], recon.numel()),
-        kl_scale=_scale(kl_reduction, recon.shape[0], latents),
-        per_sample=recon_reduction == "none",
-        logvar_clamp=_checks.logvar_clamp(logvar_clamp),
-    )
-    if kl is not None:
-        mu = None
+    _checks.regularizers(free_bits, FreeBits, capacity, Capacity)
+    if capacity is not None:
+        _checks.weight("capacity", capacity.nats, recon)
+    by_dimension = free_bits if free_bits is not None and free_bits.mode != "sample" else None
+    per_element = {"logvar_clamp": logvar_clamp, "prior": prior, "free_bits": by_dimension}
+    _checks.latents(recon, mu, logvar, kl, reductions[1], per_element=per_element)
+    _checks.defined(free_bits, capacity, images.likelihood.mask_normalize, reductions)
     if inplace:
         _checks.overwritable(recon, target, recon_weight, one_pass)
-    return _elbo(recon, target, mu, logvar, kl, options, one_pass=one_pass, inplace=inplace)
+    latents = Latents(
+        *(reductions[1], mu, logvar, kl),
+        prior=None if prior is None or mu is None else _checks.prior(prior, mu),
+        logvar_clamp=_checks.logvar_clamp(logvar_clamp),
+        free_bits=free_bits,
+        capacity=capacity,
+        weight=weight,
+    )
+    return objective(images, latents, beta=beta, recon_weight=recon_weight, one_pass=one_pass, inplace=inplace)
+
+
+def _images(
+    recon: Tensor,
+    target: Tensor,
+    likelihood: str | Likelihood,
+    reduction: str,
+    weight: Tensor | None,
+    mask: Tensor | None,
+    extra: Tensor | None,
+) -> Images:
+    _checks.images(recon, target)
+    for name, value in (("weight", weight), ("extra", extra)):
+        if value is not None:
+            _checks.one_a_sample(name, value, recon)
+    mask = None if mask is None else _checks.mask(mask, recon)
+    return Images(recon, target, likelihoods.resolve(likelihood), reduction, weight, mask, extra)
 
 
 def philox_normal(
@@ -250,87 +298,4 @@ def philox_normal(
     _checks.float_tensor("the noise", like)
     _checks.noise_source(like, None, seed, offset)
     size = torch.Size([shape] if isinstance(shape, int) else shape)
-    room = _backend.room("torch" if torch.compiler.is_compiling() else _backend.backend_of(like), "philox")
-    normals: Tensor = room.philox_normal(size, _int64(seed), offset, dtype, like.device)
-    return normals
-
-
-def _scale(reduction: str, batch: int, elements: int) -> float:
-    """Factor on the sum of a term; NaN where torch's mean over nothing is."""
-    divisor = {"batchmean": batch, "mean": elements, "sum": 1, "none": 1}[reduction]
-    return 1.0 / divisor if divisor else float("nan")
-
-
-def _int64(seed: int | Tensor) -> int | Tensor:
-    """The int64 with the bits of seed mod 2^64."""
-    return seed if isinstance(seed, Tensor) else (seed + 2**63) % 2**64 - 2**63
-
-
-def _noise(mu: Tensor, generator: torch.Generator | None, seed: int | Tensor | None, offset: int) -> Noise:
-    if seed is not None:
-        return PhiloxNoise(_int64(seed), offset)
-    if torch.compiler.is_compiling() or _backend.backend_of(mu) == "torch":
-        return _drawn(mu, generator)
-    on_device = generator is None or generator.device == mu.device
-    seed = torch.empty(1, dtype=torch.int64, device=mu.device if on_device else "cpu")
-    seed.random_(-(2**63), 2**63 - 1, generator=generator) if generator is not None else seed.random_()
-    return PhiloxNoise(seed.to(mu.device, non_blocking=True), 0)
-
-
-def _drawn(mu: Tensor, generator: torch.Generator | None) -> Tensor:
-    """What torch.randn_like(mu) draws, so that a seeded textbook VAE and this one see the same noise."""
-    if generator is None:
-        return torch.randn_like(mu)
-    if generator.device == mu.device:
-        return torch.empty_like(mu).normal_(generator=generator)
-    return torch.randn(mu.shape, generator=generator, dtype=mu.dtype, device=generator.device).to(mu.device)
-
-
-def sample(
-    mu: Tensor,
-    logvar: Tensor,
-    generator: torch.Generator | None,
-    seed: int | Tensor | None,
-    offset: int,
-    logvar_clamp: Clamp | None,
-    *,
-    with_kl: bool,
-    packed: tuple[Tensor, int] | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """What the public functions and DiagonalGaussian share; `packed`: mu and logvar are the halves of a dimension."""
-    _checks.gaussian(mu, logvar)
-    _checks.noise_source(mu, generator, seed, offset)
-    bounds = _checks.logvar_clamp(logvar_clamp)
-    noise = _noise(mu, generator, seed, offset)
-    if torch.compiler.is_compiling():
-        if isinstance(noise, PhiloxNoise):
-            noise = philox_normal(mu.shape, seed=noise.seed, offset=noise.offset, device=mu.device)
-        return reference.reparameterize_kl(mu, logvar, noise, bounds)
-    first, second, dim = (mu, logvar, None) if packed is None else (packed[0], None, packed[1])
-    inputs = (few_dims(first), None if second is None else few_dims(second), dim)
-    z, kl = ReparamKLFunction.apply(*inputs, noise, bounds, with_kl)  # type: ignore[no-untyped-call]
-    return z, kl
-
-
-def _elbo(
-    recon: Tensor | None,
-    target: Tensor | None,
-    mu: Tensor | None,
-    logvar: Tensor | None,
-    kl: Tensor | None,
-    options: ElboOptions,
-    *,
-    one_pass: bool,
-    inplace: bool = False,
-) -> VAELossTerms:
-    if torch.compiler.is_compiling():  # the compiler fuses the plain formula with its neighbours
-        return VAELossTerms(*reference.elbo(recon, target, mu, logvar, kl, options))
-    recon, target, mu, logvar = (None if t is None else few_dims(t) for t in (recon, target, mu, logvar))
-    weights = (w if isinstance(w, Tensor) else None for w in (options.beta, options.recon_weight))
-    if not torch.is_grad_enabled():  # no node of a graph is needed
-        like = next(t for t in (recon, mu, kl) if t is not None)
-        room = _backend.room(_backend.backend_of(like), "elbo")
-        loss, recon_term, kl_term, _ = room.elbo_fwd(recon, target, mu, logvar, kl, None, options)
-        return VAELossTerms(loss, recon_term, kl_term)
-    inputs = (recon, target, mu, logvar, kl, *weights)
-    return VAELossTerms(*ElboFunction.apply(*inputs, options, one_pass, inplace))  # type: ignore[no-untyped-call]
+    return philox(size, seed, offset, dtype, like)

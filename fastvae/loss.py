@@ -1,11 +1,17 @@
 """The loss as a module: one line changed in existing training code."""
 
+from typing import Any, Self
+
 import torch
 from torch import Tensor, nn
 
-from . import _checks
+from . import _checks, likelihoods
 from ._options import Clamp
-from .functional import VAELossTerms, vae_loss
+from .functional import Prior, VAELossTerms, vae_loss
+from .likelihoods import Likelihood
+from .presets import preset_options
+from .regularizers import Capacity, FreeBits
+from .schedules import Schedule
 
 
 class VAELoss(nn.Module):
@@ -14,14 +20,17 @@ class VAELoss(nn.Module):
     With no argument it is the textbook VAE: summed squared error plus KL, in nats per sample, mean over the batch.
 
     Args:
-        beta: Weight of the KL term: a float or a 0-d tensor (kept as a buffer, so it moves with the module and is
-            saved).
-        likelihood: "l2".
+        beta: Weight of the KL term: a float, a 0-d tensor (kept as a buffer, so it moves with the module and is saved)
+            or a schedule of `fastvae.schedules` (a submodule; call its `step()` after each training step).
+        likelihood: A name or an object of `fastvae.likelihoods`; a learned scale is a parameter of the loss, so hand
+            `loss.parameters()` to the optimizer.
         reduction: "batchmean", "sum", "mean" or "none".
         return_terms: Return VAELossTerms(loss, recon, kl) instead of the loss alone.
-        recon_reduction, kl_reduction, recon_weight, logvar_clamp, one_pass, inplace: As in `vae_loss`.
+        recon_reduction, kl_reduction, recon_weight, logvar_clamp, free_bits, one_pass, inplace: As in `vae_loss`.
+        capacity: As in `vae_loss`; its nats may be a schedule.
         accumulate: Micro-batches whose gradients add up before a step: the loss, not its terms, is divided by it,
-            within the forward pass, so the upstream gradient stays 1.
+            within the forward pass, so the upstream gradient stays 1. A last micro-batch of b samples instead of B
+            weighs as much as the others; `weight=torch.full([b], b / B)` makes each sample weigh the same.
 
     Raises:
         ValueError, TypeError: an option without meaning, at construction; inputs that do not fit, at the call.
@@ -32,13 +41,14 @@ class VAELoss(nn.Module):
         >>> loss.backward()
     """
 
-    beta: float | Tensor
+    beta: float | Tensor | Schedule
     recon_weight: float | Tensor
+    capacity_nats: float | Tensor | Schedule
 
     def __init__(
         self,
-        beta: float | Tensor = 1.0,
-        likelihood: str = "l2",
+        beta: float | Tensor | Schedule = 1.0,
+        likelihood: str | Likelihood = "l2",
         reduction: str = "batchmean",
         *,
         return_terms: bool = False,
@@ -46,28 +56,58 @@ class VAELoss(nn.Module):
         kl_reduction: str | None = None,
         recon_weight: float | Tensor = 1.0,
         logvar_clamp: Clamp | None = None,
+        free_bits: FreeBits | None = None,
+        capacity: Capacity | None = None,
         accumulate: int = 1,
         one_pass: bool = True,
         inplace: bool = False,
     ) -> None:
         super().__init__()
-        _checks.choice("likelihood", likelihood, _checks.LIKELIHOODS)
-        _checks.reductions(reduction, recon_reduction, kl_reduction)
-        for name, value in (("beta", beta), ("recon_weight", recon_weight)):
-            if isinstance(value, Tensor):
-                self.register_buffer(name, value)
-            else:
-                setattr(self, name, value)
-            _checks.weight(name, value, torch.empty(0) if not isinstance(value, Tensor) else value)
-        self.likelihood = likelihood
+        resolved = likelihoods.resolve(likelihood)
+        reductions = _checks.reductions(reduction, recon_reduction, kl_reduction)
+        _checks.regularizers(free_bits, FreeBits, capacity, Capacity)
+        _checks.defined(free_bits, capacity, resolved.mask_normalize, reductions)
+        self._hold("beta", beta)
+        self._hold("recon_weight", recon_weight)
+        self.likelihood = likelihood  # as it was given: a name stays one
         self.reduction = reduction
         self.return_terms = return_terms
         self.recon_reduction = recon_reduction
         self.kl_reduction = kl_reduction
         self.logvar_clamp = _checks.logvar_clamp(logvar_clamp)
+        self.free_bits = free_bits
+        self._capacity_mode = None if capacity is None else capacity.mode
+        if capacity is not None:
+            self._hold("capacity_nats", capacity.nats)
         self.accumulate = _checks.at_least_one("accumulate", accumulate)
         self.one_pass = one_pass
         self.inplace = inplace
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> Self:
+        """The loss of another project, to the number; `fastvae.presets` has the list and the formulas.
+
+        Args:
+            name: For example "pythae".
+            overrides: Arguments of `VAELoss` that replace the preset's.
+
+        Raises:
+            ValueError: unknown name.
+        """
+        return cls(**{**preset_options(name), **overrides})
+
+    @property
+    def capacity(self) -> Capacity | None:
+        return None if self._capacity_mode is None else Capacity(_value(self.capacity_nats), self._capacity_mode)
+
+    def _hold(self, name: str, value: float | Tensor | Schedule) -> None:
+        """As a buffer or a submodule where it has a device."""
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+            self.register_buffer(name, value)
+        else:
+            setattr(self, name, value)
+        number = _value(value)
+        _checks.weight(name, number, number if isinstance(number, Tensor) else torch.empty(0))
 
     def forward(
         self,
@@ -78,25 +118,47 @@ class VAELoss(nn.Module):
         *,
         kl: Tensor | None = None,
         beta: float | Tensor | None = None,
+        prior: Prior | None = None,
+        weight: Tensor | None = None,
+        mask: Tensor | None = None,
+        extra: Tensor | None = None,
     ) -> Tensor | VAELossTerms:
-        """The scalar to call `.backward()` on, or `VAELossTerms`; `beta` overrides the module's for this call."""
+        """The scalar to call `.backward()` on, or `VAELossTerms`; arguments as in `vae_loss`.
+
+        `beta` overrides the module's for this call.
+        """
         terms = vae_loss(
             recon,
             target,
             mu,
             logvar,
             kl=kl,
-            beta=(self.beta if beta is None else beta) / self.accumulate,
+            beta=_divided(_value(self.beta) if beta is None else beta, self.accumulate),
             likelihood=self.likelihood,
             reduction=self.reduction,
             recon_reduction=self.recon_reduction,
             kl_reduction=self.kl_reduction,
-            recon_weight=self.recon_weight / self.accumulate,
+            recon_weight=_divided(self.recon_weight, self.accumulate),
             logvar_clamp=self.logvar_clamp,
+            free_bits=self.free_bits,
+            capacity=self.capacity,
+            prior=prior,
+            weight=weight,
+            mask=mask,
+            extra=extra,
             one_pass=self.one_pass,
             inplace=self.inplace,
         )
         return terms if self.return_terms else terms.loss
 
     def extra_repr(self) -> str:
-        return f"beta={self.beta}, likelihood={self.likelihood!r}, reduction={self.reduction!r}"
+        shown = {"beta": self.beta, "likelihood": self.likelihood, "reduction": self.reduction}
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items() if not isinstance(value, nn.Module))
+
+
+def _value(number: float | Tensor | Schedule) -> float | Tensor:
+    return number.value if isinstance(number, Schedule) else number
+
+
+def _divided(weight: float | Tensor, by: int) -> float | Tensor:
+    return weight if by == 1 else weight / by

@@ -3,10 +3,13 @@
 Shares no code with the kernels or the fallback. Arithmetic is float32 (float64 where an input is), as theirs is.
 """
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ._options import Clamp, ElboOptions
+from ._options import Clamp, ElboOptions, ElboTensors, ErrorOptions, FloorOptions
 
 BYTE_SCALE = 1 / 255  # a uint8 target stands for the values 0, 1/255, ..., 1
 
@@ -20,10 +23,22 @@ def clamp(logvar: Tensor, bounds: Clamp | None) -> Tensor:
     return logvar if bounds is None else logvar.clamp(*bounds)
 
 
-def gaussian_kl(mu: Tensor, logvar: Tensor, bounds: Clamp | None = None) -> Tensor:
-    """KL(N(mu, exp(logvar)) || N(0, I)) element by element: (mu^2 + expm1(logvar) - logvar) / 2."""
-    dtype = compute_dtype(mu, logvar)
+def gaussian_kl(
+    mu: Tensor,
+    logvar: Tensor,
+    bounds: Clamp | None = None,
+    prior_mu: Tensor | None = None,
+    prior_logvar: Tensor | None = None,
+) -> Tensor:
+    """KL(N(mu, exp(logvar)) || N(prior_mu, exp(prior_logvar))) element by element; the prior is N(0, 1) if None.
+
+    ((mu - prior_mu)^2 / exp(prior_logvar) + expm1(r) - r) / 2, r = logvar - prior_logvar
+    """
+    dtype = compute_dtype(mu, logvar, prior_mu, prior_logvar)
     mu, logvar = mu.to(dtype), clamp(logvar.to(dtype), bounds)
+    if prior_mu is not None and prior_logvar is not None:
+        mu = (mu - prior_mu.to(dtype)) * torch.exp(-0.5 * prior_logvar.to(dtype))
+        logvar = logvar - prior_logvar.to(dtype)
     return 0.5 * (mu.square() + (torch.expm1(logvar) - logvar))
 
 
@@ -53,32 +68,68 @@ def resample_kl(mu: Tensor, logvar: Tensor, spread: Tensor, bounds: Clamp | None
     return z.to(torch.promote_types(mu.dtype, logvar.dtype)), per_sample(gaussian_kl(mu, logvar, bounds))
 
 
-def squared_error(recon: Tensor, target: Tensor) -> Tensor:
-    """(recon - target)^2 element by element; a uint8 target is scaled to [0, 1]."""
+def error(recon: Tensor, target: Tensor, options: ErrorOptions) -> Tensor:
+    """The error of each element; a uint8 target is scaled and shifted first."""
     dtype = compute_dtype(recon, target)
-    scale = BYTE_SCALE if target.dtype == torch.uint8 else 1.0
-    return (recon.to(dtype) - target.to(dtype) * scale).square()
+    recon, parameter = recon.to(dtype), options.parameter
+    if target.dtype == torch.uint8:
+        target = target.to(dtype) * options.target_scale + options.target_shift
+    target = target.to(dtype)
+    name = options.name.removesuffix("_of_logits")
+    if name != options.name:
+        recon = torch.sigmoid(recon)
+    match name:
+        case "l2":
+            return (recon - target).square()
+        case "l1":
+            return (recon - target).abs()
+        case "huber":
+            return F.huber_loss(recon, target, reduction="none", delta=parameter)
+        case "log_cosh":
+            distance = parameter * (recon - target).abs()
+            return distance + torch.log1p(torch.exp(-2 * distance)) - math.log(2)
+        case "bernoulli":
+            return F.binary_cross_entropy_with_logits(recon, target, reduction="none")
+        case "bernoulli_probs":
+            return F.binary_cross_entropy(recon, target, reduction="none")
+    raise AssertionError(options.name)
 
 
-def elbo(
-    recon: Tensor | None,
-    target: Tensor | None,
-    mu: Tensor | None,
-    logvar: Tensor | None,
-    kl: Tensor | None,
-    options: ElboOptions,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, recon term, KL term); a term without inputs is 0. The KL comes from `kl` if given, else from mu,
-    logvar.
-    """
-    given = [t for t in (recon, target, mu, logvar, kl) if t is not None]
-    recon_term = kl_term = torch.zeros((), dtype=compute_dtype(*given), device=given[0].device)
+def raised(kl: Tensor, floor: FloorOptions) -> Tensor:
+    """The KL of each element under free bits."""
+    if floor.mode == "dim":
+        return kl.clamp(min=floor.nats)
+    return torch.where(kl <= floor.nats, torch.zeros_like(kl), kl)
+
+
+def elbo(inputs: ElboTensors, options: ElboOptions) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(loss, recon term, KL term, KL term under the floor if there is one); a term without inputs is 0."""
+    recon, target, log_scale, mu, logvar, prior_mu, prior_logvar, kl, mask = inputs
+    given = [t for t in inputs[:-1] if t is not None]
+    dtype = compute_dtype(*given)
+    recon_term = kl_term = torch.zeros((), dtype=dtype, device=given[0].device)
+    regularised = None
+
+    def total(elements: Tensor) -> Tensor:
+        return per_sample(elements) if options.per_sample else elements.sum()
+
     if recon is not None and target is not None:
-        error = per_sample(squared_error(recon, target))
-        recon_term = options.recon_scale * (error if options.per_sample else error.sum())
-    if kl is None and mu is not None and logvar is not None:
-        kl = per_sample(gaussian_kl(mu, logvar, options.logvar_clamp))
+        if mask is not None:  # what is outside may be NaN, whose gradient would be too
+            recon, target = (torch.where(mask, t, torch.zeros_like(t)) for t in (recon, target))
+            log_scale = None if log_scale is None else torch.where(mask, log_scale, torch.zeros_like(log_scale))
+        elements = error(recon, target, options.error)
+        if log_scale is not None:
+            log_scale = log_scale.to(elements.dtype)
+            elements = elements * torch.exp(-log_scale) + log_scale
+        if mask is not None:
+            elements = torch.where(mask, elements, torch.zeros_like(elements))
+        recon_term = options.recon_scale * total(elements) + options.recon_constant
     if kl is not None:
-        kl = kl.to(compute_dtype(kl))
-        kl_term = options.kl_scale * (kl if options.per_sample else kl.sum())
-    return options.recon_weight * recon_term + options.beta * kl_term, recon_term, kl_term
+        kl_term = options.kl_scale * (kl.to(compute_dtype(kl)) if options.per_sample else kl.to(dtype).sum())
+    elif mu is not None and logvar is not None:
+        elements = gaussian_kl(mu, logvar, options.logvar_clamp, prior_mu, prior_logvar)
+        kl_term = options.kl_scale * total(elements)
+        if options.floor is not None:
+            regularised = options.kl_scale * total(raised(elements, options.floor))
+    weighed = kl_term if regularised is None else regularised
+    return options.recon_weight * recon_term + options.beta * weighed, recon_term, kl_term, regularised

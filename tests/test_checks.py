@@ -1,9 +1,13 @@
 """Bad input: an error that says what is required, what came and what to do, before anything is computed."""
 
+import math
+
 import pytest
 import torch
 
 import fastvae
+from fastvae.likelihoods import L2, Gaussian, Huber, LogCosh, Scaled, SmoothL1
+from fastvae.regularizers import Capacity, FreeBits, balance
 
 IMAGE, LATENT = torch.ones(2, 3), torch.ones(2, 4)
 
@@ -23,6 +27,43 @@ def leaf():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
+        (lambda: loss(weight=torch.ones(3)), ValueError, r"weight must have shape \[B\] = \(2,\).*got \(3,\)"),
+        (lambda: loss(extra=torch.ones(2, 1)), ValueError, r"extra must have shape \[B\].*got \(2, 1\)"),
+        (lambda: loss(weight=2.0), TypeError, "weight must be a torch.Tensor; got float"),
+        (lambda: loss(mask=torch.ones(2, 3)), TypeError, "mask must be a bool tensor; got float32"),
+        (lambda: loss(mask=torch.ones(3, 3) > 0), ValueError, r"mask must broadcast to recon's shape \(2, 3\)"),
+        (lambda: loss(prior=LATENT), TypeError, r"prior must be None or a pair of tensors \(mu, logvar\)"),
+        (lambda: loss(prior=(LATENT, 0.0)), TypeError, "prior's logvar must be a tensor.*got float"),
+        (lambda: loss(prior=(LATENT, torch.ones(5))), ValueError, r"prior's logvar must broadcast.*got \(5,\)"),
+        (lambda: loss(free_bits=0.5), TypeError, r"FreeBits; got float. For example FreeBits\(0.5\)"),
+        (lambda: loss(capacity=25.0), TypeError, "Capacity; got float"),
+        (lambda: loss(free_bits=FreeBits(0.1, "dim_batch"), reduction="none"), ValueError, "no value per sample"),
+        (lambda: loss(capacity=Capacity(0.1, "batch"), reduction="none"), ValueError, "no value per sample"),
+        (
+            lambda: loss(capacity=Capacity(1.0), free_bits=FreeBits(1.0, "dim_batch")),
+            ValueError,
+            "no meaning after free bits of the batch",
+        ),
+        (lambda: loss(likelihood=L2(mask_normalize=True), reduction="sum"), ValueError, "mask_normalize divides by"),
+        (lambda: loss(likelihood=Gaussian(torch.ones(7))), ValueError, "likelihood's scale must broadcast to recon's"),
+        (
+            lambda: loss(logvar=None, kl=torch.ones(2), free_bits=FreeBits(0.1)),
+            ValueError,
+            "free_bits cannot act on kl=",
+        ),
+        (lambda: loss(logvar=None, kl=torch.ones(2), prior=(LATENT, LATENT)), ValueError, "prior cannot act on kl="),
+        (lambda: FreeBits(-1.0), ValueError, "nats must be 0 or more"),
+        (lambda: FreeBits(1.0, "dims"), ValueError, "mode must be one of.*Did you mean 'dim'"),
+        (lambda: Capacity(1.0, "all"), ValueError, "mode must be one of 'sample', 'batch'"),
+        (lambda: Huber(0.0), ValueError, "delta must be positive"),
+        (lambda: SmoothL1(-1.0), ValueError, "beta must be positive"),
+        (lambda: LogCosh(math.inf), ValueError, "alpha must be positive and finite"),
+        (lambda: Huber("1"), TypeError, "delta must be a number; got str"),
+        (lambda: Gaussian("best"), ValueError, "logvar must be a float, 'optimal' or a tensor; got 'best'"),
+        (lambda: Scaled("l1", "optimal"), ValueError, "log_scale must be a float or a tensor"),
+        (lambda: Scaled(Gaussian(), 0.0), TypeError, "base must be a name or an elementwise likelihood; got Gaussian"),
+        (lambda: balance(LATENT, LATENT, (LATENT, LATENT), 1.5), ValueError, "weight must be between 0 and 1"),
+        (lambda: fastvae.VAELoss.preset("pythia"), ValueError, "Did you mean 'pythae'"),
         (lambda: sample(mu=[1.0]), TypeError, "mu must be a torch.Tensor; got list"),
         (lambda: sample(mu=LATENT.int()), TypeError, r"mu must be one of float64.*got int32.*\.float\(\)"),
         (lambda: sample(logvar=torch.ones(2, 5)), ValueError, r"one shape; got \(2, 4\) and \(2, 5\)"),
@@ -48,7 +89,7 @@ def leaf():
         (lambda: loss(reduction="avg"), ValueError, "reduction must be one of .*'batchmean'.*got 'avg'"),
         (lambda: loss(reduction="batch_mean"), ValueError, "Did you mean 'batchmean'?"),
         (lambda: loss(kl_reduction="none"), ValueError, 'must both be "none" or neither'),
-        (lambda: loss(likelihood="l3"), ValueError, "likelihood must be one of 'l2'; got 'l3'"),
+        (lambda: loss(likelihood="l3"), ValueError, "likelihood must be one of 'l2', .*; got 'l3'"),
         (lambda: loss(beta="1"), TypeError, "beta must be a float or a 0-dimensional tensor; got str"),
         (lambda: loss(beta=torch.ones(1)), ValueError, r"beta must be .* of shape \(1,\)"),
         (lambda: loss(recon_weight=torch.tensor(1)), ValueError, "recon_weight must be .* got int64"),
@@ -61,7 +102,7 @@ def leaf():
             "Pass mu too",
         ),
         (lambda: fastvae.gaussian_kl(LATENT, LATENT, reduction="x"), ValueError, "reduction must be one of"),
-        (lambda: fastvae.reconstruction_loss(IMAGE, IMAGE, likelihood=3), ValueError, "likelihood must be one of"),
+        (lambda: fastvae.reconstruction_loss(IMAGE, IMAGE, likelihood=3), TypeError, "a name or an object.*got int"),
         (lambda: fastvae.philox_normal(3, seed="a"), TypeError, "seed must be an int"),
         (lambda: fastvae.philox_normal(3, seed=1, dtype=torch.int32), TypeError, "the noise must be one of"),
         (lambda: fastvae.VAELoss(reduction="x"), ValueError, "reduction must be one of"),

@@ -101,3 +101,10 @@ def test_clamp_is_diffusers_by_default():
 def test_what_cannot_be_halved_is_named(shape, dim):
     with pytest.raises(ValueError, match=r"two halves of dimension dim.*got shape \(2, . ?\)|two halves"):
         fastvae.DiagonalGaussian.from_moments(torch.ones(shape), dim)
+
+
+def test_kl_to_a_point_is_infinite_and_of_a_point_zero(backend):
+    packed = torch.randn(3, 4)
+    wide, point = (fastvae.DiagonalGaussian.from_moments(packed, deterministic=d) for d in (False, True))
+    assert wide.kl(point).tolist() == [torch.inf] * 3
+    assert point.kl(wide).tolist() == [0] * 3

@@ -437,3 +437,12 @@ def test_compiled_loss_keeps_its_graph(backend):
     second = torch.autograd.grad(value, inputs, upstream)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     torch.testing.assert_close(first[0], 3 * 2 / 4 * (recon - target).detach())
+
+
+def test_a_negation_that_torch_put_off(backend):
+    """The imaginary part of a conjugate is a view with the opposite sign."""
+    values = torch.randn(3, 4, dtype=torch.complex64)
+    lazy = values.conj().imag
+    assert lazy.is_neg()
+    kl = fastvae.gaussian_kl(lazy, lazy, reduction="none")
+    assert torch.equal(kl, fastvae.gaussian_kl(-values.imag, -values.imag, reduction="none"))

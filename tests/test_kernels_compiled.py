@@ -14,10 +14,14 @@ from tests.support.kernel_cases import (
     HUGE,
     ODD,
     ODD_BATCH,
+    ODD_RANGES,
+    RANGES,
     SEVERAL_TILES,
     SHORT_ROWS,
+    STATS,
     Case,
     elements_per_program,
+    geometry,
 )
 
 pytestmark = [pytest.mark.compiled, pytest.mark.usefixtures("kernels_for_tensors_anywhere")]
@@ -33,6 +37,9 @@ SPECIAL = [
     Case("sample_kl", F32, shape=HUGE),
     Case("loss", BF16, U8, shape=HUGE),
     Case("whole_loss", BF16, U8, shape=ODD, latent_cols=32),
+    *STATS,
+    Case("stats", F32, shape=RANGES, clamp=True),
+    Case("stats", F32, shape=HUGE),
 ]
 # everything where the instruction counts are taken; elsewhere what training runs, in the form with more code
 USUAL = [
@@ -41,6 +48,7 @@ USUAL = [
     *(Case("sample_kl", dtype) for dtype in (F32, BF16)),
     Case("loss", BF16, U8),
     Case("whole_loss", BF16, U8, shape=ODD, latent_cols=32),
+    *(Case("stats", dtype, shape=ODD_RANGES, clamp=True) for dtype in (F32, BF16)),
 ]
 MATRIX = [
     *((case, "sm_90") for case in (*CASES, *SPECIAL)),
@@ -92,8 +100,10 @@ def test_registers_are_not_spilled(case, target):
 
 
 def rows_are_aligned(case):
-    """Sampling numbers the noise by rows where it measures the KL: rows of any length take the general path."""
-    return case.op != "sample_kl" or case.shape[1] % 16 == 0
+    """Sampling numbers the noise by rows where it measures the KL, statistics are of columns: rows of any length take
+    the general path.
+    """
+    return case.op not in ("sample_kl", "stats") or case.shape[1] % 16 == 0
 
 
 def bytes_of(widths, *, wide):
@@ -107,12 +117,13 @@ def test_a_thread_moves_all_of_its_elements_by_16_bytes(case, target):
     for (facts, elements), floors in zip(main_reports(case, target), moved, strict=False):
         per_thread = elements // (32 * facts.kernel.metadata.num_warps)
         # paths through the tail leave out accesses; that through whole tiles has them all, and beside them at most a
-        # few numbers of a row: upstream gradients and partial sums
+        # few numbers of a row, or of a column: upstream gradients and partial sums
+        few = 48 if case.op == "stats" else 16
         whole = [(floor.read * per_thread, floor.written * per_thread) for floor in floors]
         assert any(
             (bytes_of(path.global_loads, wide=True), bytes_of(path.global_stores, wide=True)) in whole
-            and bytes_of(path.global_loads, wide=False) <= 16
-            and bytes_of(path.global_stores, wide=False) <= 16
+            and bytes_of(path.global_loads, wide=False) <= few
+            and bytes_of(path.global_stores, wide=False) <= few
             for path in facts.paths
         ), facts.kernel.metadata.name
 
@@ -178,9 +189,13 @@ def test_a_grid_covers_more_than_2_31_elements():
     for case in (Case("sample_kl", F32, shape=HUGE), Case("loss", BF16, U8, shape=HUGE)):
         forward, backward = launches(case, "sm_90")
         for launch in (forward[0], backward[0]):
-            steps = launch.arguments.get("IMAGE_STEPS", 1)
+            steps = 1 if (at := geometry(launch.arguments)) is None else at.steps.value
             assert launch.grid[0] * steps * elements_per_program(launch.arguments) >= case.n_elements, launch.name
             assert launch.grid[0] < 2**31
+    case = Case("stats", F32, shape=HUGE)
+    (statistics, *_), _ = launches(case, "sm_90")
+    elements_of_a_range = statistics.arguments["range_rows"] * statistics.arguments["BLOCK_COLS"]
+    assert statistics.grid[0] * elements_of_a_range >= case.n_elements
 
 
 # instructions per element on sm_90, of the cheapest path through whole tiles
@@ -194,6 +209,9 @@ MEASURED = {  # forward, backward
     Case("sample_kl", BF16): (63.9, 69.1),
     Case("kl", F32): (28.4, 28.9),
     Case("kl", BF16): (24.6, 24.9),
+    # a round and what comes once for all of a range's rounds, which alone cost 30 and 33
+    Case("stats", F32, shape=RANGES): (79.9,),
+    Case("stats", BF16, shape=RANGES): (89.8,),
     Case("loss", F32): (19.0, 12.4),
     Case("loss", BF16): (15.6, 8.7),
     Case("loss", BF16, U8): (17.0, 10.1),

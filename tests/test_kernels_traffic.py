@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import fastvae
-from tests.support.kernel_cases import CASES, Case
+from fastvae.statistics import latent_stats
+from tests.support.kernel_cases import CASES, STATS, Case
 from tests.support.meter import Meter
 from tests.support.vast import last_programs, promised
 
@@ -74,6 +75,21 @@ def test_the_closed_form_is_the_documented_one(case, forward, backward):
     assert (case.forward_floor.total, case.backward_floor.total) == (forward, backward)
 
 
+@pytest.mark.parametrize("case", STATS, ids=str)
+def test_statistics_are_one_read_of_the_latents_and_few_partial_sums(case):
+    meter, *_ = metered(case)
+    measured, *merged = meter.launches
+    assert len(merged) == (case.shape[0] > 512), meter.table()  # few samples are one range, with nothing to merge
+    for name in ("mu_ptr", "logvar_ptr"):
+        traffic = measured.arguments[name]
+        assert traffic.loaded == traffic.distinct_loaded == case.n_elements * case.dtype.itemsize, meter.table()
+    inputs = case.forward_floor.read * case.n_elements
+    assert measured.loaded == inputs, meter.table()
+    if merged:
+        assert meter.total - inputs < 0.12 * inputs, meter.table()
+        assert merged[0].loaded <= 1.2 * measured.stored, meter.table()  # the first shifts twice
+
+
 @pytest.mark.parametrize("weight", [0.5, torch.tensor(0.5)], ids=["number", "tensor"])
 @pytest.mark.parametrize("kl_is_given", [True, False], ids=["kl", "mu"])
 @pytest.mark.parametrize("reduction", ["batchmean", "sum", "mean", "none"])
@@ -104,6 +120,7 @@ def test_sampling_is_two_launches_at_most_and_one_back(shape):
         Case("loss", BF16, U8, upstream=3.0),
         Case("loss", F32, shape=(65, 32)),
         Case("whole_loss", F32, shape=(2, 2051)),
+        Case("stats", F32, shape=(600, 40)),
     ],
     ids=str,
 )
@@ -155,7 +172,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("op", ["sample_kl", "kl", "loss", "loss of samples"])
+@pytest.mark.parametrize("op", ["sample_kl", "kl", "stats", "loss", "loss of samples"])
 def test_any_layout_is_read_in_place_and_within_bounds(layout, op):
     """Bounds, races and poisoned lanes by the meter; elements that went elsewhere by the other backend."""
     a, b = (t.detach().requires_grad_() for t in LAYOUTS[layout]())
@@ -163,6 +180,8 @@ def test_any_layout_is_read_in_place_and_within_bounds(layout, op):
 
     def step(a, b):
         draw = torch.Generator().manual_seed(2)
+        if op == "stats":
+            return latent_stats(a, b, logvar_clamp=(-2.0, 2.0))
         if op == "sample_kl":
             outputs = fastvae.reparameterize_kl(a, b, seed=3, logvar_clamp=(-2.0, 2.0))
         elif op == "kl":
@@ -184,7 +203,8 @@ def test_any_layout_is_read_in_place_and_within_bounds(layout, op):
     with fastvae.use_backend("torch"):
         expected = step(*copies)
     for x, y in zip(actual, expected, strict=True):
-        torch.testing.assert_close(x, y, rtol=2e-6, atol=4e-6)
+        # one sample has no variance
+        torch.testing.assert_close(x, y, rtol=2e-6, atol=4e-6, equal_nan=op == "stats")
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 1), (1, 2)], ids=str)

@@ -1,4 +1,5 @@
 import copy
+import math
 import pickle
 
 import pytest
@@ -6,6 +7,8 @@ import torch
 from torch.nn import functional as F
 
 import fastvae
+from fastvae.likelihoods import Gaussian, Scaled
+from fastvae.regularizers import Capacity, FreeBits
 
 
 @pytest.fixture
@@ -61,3 +64,60 @@ def test_copies_and_pickles(batch):
     for clone in (copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
         assert clone(*batch) == criterion(*batch)
     assert repr(criterion) == "VAELoss(beta=0.3, likelihood='l2', reduction='batchmean')"
+
+
+def test_a_learned_scale_is_a_parameter_of_the_loss(batch):
+    criterion = fastvae.VAELoss(likelihood=Gaussian(torch.nn.Parameter(torch.tensor(0.5))))
+    assert [name for name, _ in criterion.named_parameters()] == ["likelihood.log_scale"]
+    criterion(*batch).backward()
+    error = (batch[0] - batch[1]).square().detach()
+    expected = 0.5 * (1 - error * math.exp(-0.5)).sum() / error.shape[0]
+    torch.testing.assert_close(criterion.likelihood.log_scale.grad, expected)
+    clone = fastvae.VAELoss(likelihood=Gaussian(torch.nn.Parameter(torch.zeros(()))))
+    clone.load_state_dict(criterion.state_dict())
+    assert clone(*batch) == criterion(*batch)
+
+
+def test_a_constant_scale_moves_with_the_loss(batch):
+    criterion = fastvae.VAELoss(likelihood=Scaled("l1", torch.tensor(0.5)))
+    assert not list(criterion.parameters())
+    assert criterion.to(torch.float64).likelihood.log_scale.dtype == torch.float64
+
+
+@pytest.mark.parametrize("where", ["beta", "capacity"])
+def test_schedules_are_stepped_and_saved_with_the_loss(batch, where):
+    def make():
+        schedule = fastvae.schedules.Linear(1.0, 3.0, 4)
+        options = {"beta": schedule} if where == "beta" else {"capacity": Capacity(schedule, "batch")}
+        return fastvae.VAELoss(**options), schedule
+
+    criterion, schedule = make()
+    for value in (1.0, 1.5, 2.0):
+        options = {"beta": value} if where == "beta" else {"capacity": Capacity(value, "batch")}
+        assert criterion(*batch) == fastvae.vae_loss(*batch, **options).loss
+        schedule.step()
+    resumed, _ = make()
+    resumed.load_state_dict(criterion.state_dict())
+    assert resumed(*batch) == criterion(*batch)
+    assert copy.deepcopy(criterion)(*batch) == criterion(*batch)
+
+
+def test_arguments_of_the_call_reach_the_loss(batch):
+    recon, _, mu, _ = batch
+    prior = torch.randn_like(mu), torch.randn_like(mu)
+    given = {"prior": prior, "weight": torch.rand(4), "mask": recon > 0.5, "extra": torch.rand(4)}
+    free_bits = FreeBits(0.2)
+    criterion = fastvae.VAELoss(likelihood="huber", free_bits=free_bits)
+    assert criterion(*batch, **given) == fastvae.vae_loss(*batch, likelihood="huber", free_bits=free_bits, **given).loss
+
+
+def test_weights_make_a_ragged_last_micro_batch_count_by_its_samples():
+    """5 samples in micro-batches of 3 and 2 under accumulate=2 are one batch of 5."""
+    recon, target, mu, logvar = (torch.rand(5, 6, dtype=torch.float64) for _ in range(4))
+    whole = fastvae.vae_loss(recon, target, mu, logvar).loss
+    criterion = fastvae.VAELoss(accumulate=2)
+    parts = [
+        criterion(*(t[part] for t in (recon, target, mu, logvar)), weight=torch.full([size], size / 2.5))
+        for part, size in ((slice(0, 3), 3), (slice(3, 5), 2))
+    ]
+    torch.testing.assert_close(sum(parts), whole)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastvae import reference
-from fastvae._options import ElboOptions
+from fastvae._options import ElboOptions, ElboTensors
 
 from . import oracle
 from .oracle import DTYPES, assert_near
@@ -39,7 +39,7 @@ def test_loss(dtype, per_sample, bytes_target):
     target = (target * 255).byte() if bytes_target else target.to(dtype)
     mu, logvar = (torch.randn(3, 4, dtype=torch.float64).to(dtype).requires_grad_() for _ in range(2))
     options = ElboOptions(beta=0.5, recon_weight=2.0, recon_scale=0.25, kl_scale=0.125, per_sample=per_sample)
-    loss, recon_term, kl_term = reference.elbo(recon, target, mu, logvar, None, options)
+    loss, recon_term, kl_term, _ = reference.elbo(ElboTensors(recon, target, mu=mu, logvar=logvar), options)
 
     leaves = [oracle.leaf(t) for t in (recon, mu, logvar)]
     true_target = target if bytes_target else target.double()

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from .._options import Clamp
+from .._options import Clamp, ElboOptions, ElboTensors, FloorOptions
+from ..reference import compute_dtype
 
 
 def clamped(logvar: Tensor, bounds: Clamp | None) -> Tensor:
@@ -26,3 +27,68 @@ def kl_per_sample(mu: Tensor, logvar: Tensor, expm1: Tensor) -> Tensor:
     """
     elements = torch.sub(expm1, logvar).addcmul_(mu, mu)
     return sum_by_sample(elements).mul_(0.5)
+
+
+def kl_terms(tensors: ElboTensors, options: ElboOptions, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """[B]: the KL of each sample, and the same under the floor, if there is one."""
+    mu, logvar, _ = _relative(tensors, options, dtype)
+    expm1 = torch.expm1(logvar)
+    if options.floor is None:
+        return kl_per_sample(mu, logvar, expm1), None
+    elements = torch.sub(expm1, logvar).addcmul_(mu, mu).mul_(0.5)
+    return sum_by_sample(elements), sum_by_sample(_raised(elements, options.floor))
+
+
+def kl_gradients(
+    tensors: ElboTensors,
+    gradients: ElboTensors,
+    coefficient: float | Tensor,
+    floored: float | Tensor | None,
+    options: ElboOptions,
+) -> None:
+    """Write coefficient times the gradients of the KL, plus `floored` times those of the KL under the floor.
+
+    With m = (mu - mu_p) / sigma_p and r = logvar - logvar_p, that by mu is m / sigma_p, by logvar expm1(r) / 2; by mu_p
+    the negative of the first, by logvar_p -(m^2 + expm1(r)) / 2.
+    """
+    raw_logvar = tensors.logvar
+    assert raw_logvar is not None
+    dtype = compute_dtype(tensors.mu, tensors.logvar, tensors.prior_mu, tensors.prior_logvar)
+    mu, logvar, precision = _relative(tensors, options, dtype)
+    expm1 = torch.expm1(logvar)
+    if floored is not None and options.floor is not None:
+        elements = torch.sub(expm1, logvar).addcmul_(mu, mu).mul_(0.5)
+        coefficient = coefficient + floored * _counts(elements, options.floor).to(dtype)
+    slope = mu if precision is None else mu * precision
+    if gradients.mu is not None:
+        torch.mul(slope, coefficient, out=gradients.mu)
+    if gradients.prior_mu is not None:
+        torch.mul(slope, -coefficient, out=gradients.prior_mu)
+    if gradients.logvar is not None:
+        torch.mul(expm1, coefficient * 0.5, out=gradients.logvar)
+        if options.logvar_clamp is not None:
+            low, high = options.logvar_clamp
+            gradients.logvar.masked_fill_((raw_logvar < low) | (raw_logvar > high), 0)
+    if gradients.prior_logvar is not None:
+        torch.mul(torch.addcmul(expm1, mu, mu), coefficient * -0.5, out=gradients.prior_logvar)
+
+
+def _relative(tensors: ElboTensors, options: ElboOptions, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+    """((mu - mu_p) / sigma_p, logvar - logvar_p, 1 / sigma_p): the posterior as its prior sees it."""
+    assert tensors.mu is not None
+    assert tensors.logvar is not None
+    mu, logvar = tensors.mu.to(dtype), clamped(tensors.logvar.to(dtype), options.logvar_clamp)
+    if tensors.prior_mu is None or tensors.prior_logvar is None:
+        return mu, logvar, None
+    prior_logvar = tensors.prior_logvar.to(dtype)
+    precision = torch.exp(-0.5 * prior_logvar)
+    return (mu - tensors.prior_mu.to(dtype)).mul_(precision), logvar - prior_logvar, precision
+
+
+def _raised(kl: Tensor, floor: FloorOptions) -> Tensor:
+    return kl.clamp(min=floor.nats) if floor.mode == "dim" else kl.masked_fill(kl <= floor.nats, 0)
+
+
+def _counts(kl: Tensor, floor: FloorOptions) -> Tensor:
+    """1 where the KL is above the floor, and so has a gradient; as torch.clamp's where both are equal."""
+    return ~(kl < floor.nats) if floor.mode == "dim" else ~(kl <= floor.nats)

@@ -25,6 +25,14 @@ def reparam_kl_fwd(
     return kl_per_sample(mu.to(dtype), logvar, expm1), (spread, expm1)
 
 
+def saved_again(mu: Tensor, logvar: Tensor, noise: PhiloxNoise, logvar_clamp: Clamp | None) -> list[Tensor]:
+    """What `reparam_kl_fwd` returns for the backward pass, where nobody kept it."""
+    dtype = compute_dtype(mu, logvar)
+    logvar = clamped(logvar.to(dtype), logvar_clamp)
+    normals = philox_normal(mu.shape, noise.seed, noise.offset, dtype, mu.device)
+    return [torch.mul(logvar, 0.5).exp_().mul_(normals), torch.expm1(logvar)]
+
+
 def spread(mu: Tensor, logvar: Tensor, saved: list[Tensor], noise: Noise | None, logvar_clamp: Clamp | None) -> Tensor:
     """sigma * noise, as the forward pass drew it."""
     return saved[0]

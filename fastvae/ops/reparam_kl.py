@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import _backend, reference
 from .._options import Clamp, Noise
-from ._double import gradients_through
+from ._double import gradients_through, with_memory
 
 
 class ReparamKLFunction(torch.autograd.Function):
@@ -41,7 +41,7 @@ class ReparamKLFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        dz, dkl = upstream
+        dz, dkl = upstream = with_memory(upstream)
         first, second, *saved = ctx.saved_tensors
         inputs, wanted = (first, second), ctx.needs_input_grad[:2]
         mu, logvar = _halves(*inputs, ctx.dim)

@@ -5,7 +5,7 @@ at run time.
 import math
 import struct
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -91,27 +91,54 @@ def layout(tensors: Sequence[Tensor | None], *, by_sample: bool, c_order: bool) 
     return Layout(row[0], n_cols, sizes, [() if t is None else next(by_tensor) for t in tensors])
 
 
+class Geometry(NamedTuple):
+    """How one kind of tensors is laid out and cut; kernels take it whole."""
+
+    strides: Any  # of each tensor, in a tuple of the tensors' kind
+    sizes: Any
+    n_rows: Any
+    n_cols: Any
+    n_col_programs: Any
+    block_rows: Any  # constant, as are the next three
+    block_cols: Any
+    steps: Any
+    dtype: Any  # of arithmetic
+
+
 class Part(NamedTuple):
-    """One kind of work of a launch: its tensors, how they are laid out and tiled; no programs where there is none."""
+    """One kind of work of a launch; no programs where there is none."""
 
-    tensors: list[Tensor | None]
-    n_rows: int
-    n_cols: int
-    sizes: tuple[int, ...] | None
-    strides: list[tuple[int, ...]]
-    tile: Tile
+    tensors: Any  # a named tuple of tensors of one shape
+    at: Geometry
     programs: int
-    dtype: tl.dtype  # of arithmetic
+    n_rows: int
+    n_partials: int  # of a row
 
 
-def part(tensors: Sequence[Tensor | None], wanted: bool, by_sample: bool, max_programs: int = MAX_PROGRAMS) -> Part:
-    """Work on tensors of one shape, the first of which decides the order."""
-    first = tensors[0]
+def part(tensors: Any, wanted: bool, by_sample: bool, max_programs: int = MAX_PROGRAMS) -> Part:
+    """Work on a named tuple of tensors of one shape, the first of which decides the order."""
+    kind, first = type(tensors), tensors[0]
     if not wanted or first is None or first.numel() == 0:
-        return Part([None for _ in tensors], 0, 0, None, [() for _ in tensors], Tile(1, 8, 1, 1), 0, tl.float32)
-    at = layout(tensors, by_sample=by_sample, c_order=False)
-    t = tile(at.n_rows, at.n_cols, first.element_size(), max_programs=max_programs)
-    return Part(list(tensors), *at, t, t.programs(at.n_rows), triton_dtype(accumulator(*tensors)))
+        nothing, no_tile = (None for _ in tensors), (tl.constexpr(1), tl.constexpr(8), tl.constexpr(1))
+        at = Geometry(kind(*(() for _ in tensors)), None, 0, 0, 0, *no_tile, tl.constexpr(tl.float32))
+        return Part(kind(*nothing), at, 0, 0, 1)
+    n_rows, n_cols, sizes, strides = layout(tensors, by_sample=by_sample, c_order=False)
+    t = tile(n_rows, n_cols, first.element_size(), max_programs=max_programs)
+    if strides[0][0] == 1 < n_rows:  # rows lie side by side, as the dimensions of latents do: so do lanes
+        t = _tall(t, n_rows, n_cols, max_programs)
+    constants = map(tl.constexpr, (t.rows, t.cols, t.steps, triton_dtype(accumulator(*tensors))))
+    at = Geometry(kind(*strides), sizes, n_rows, n_cols, t.col_programs, *constants)
+    return Part(tensors, at, t.programs(n_rows), n_rows, t.col_programs)
+
+
+def _tall(t: Tile, n_rows: int, n_cols: int, max_programs: int) -> Tile:
+    """The tile with as many rows as 32 lanes take, or there are."""
+    size = t.rows * t.cols
+    rows = min(triton.next_power_of_2(n_rows), 32)
+    cols = min(size // rows, triton.next_power_of_2(n_cols))
+    tiles = -(-n_cols // cols)
+    steps = triton.next_power_of_2(-(-tiles // max_programs))
+    return Tile(size // cols, cols, steps, -(-tiles // steps))
 
 
 def accumulator(*tensors: Tensor | None) -> torch.dtype:
@@ -141,6 +168,26 @@ def element_offsets(
             rest = rest // sizes[i]
         offsets += rest * strides[1]
     return offsets
+
+
+@triton.jit
+def pointers(ptr, strides, at, rows, cols, absent):
+    """To a tile's elements; `absent`, which nobody reads, where there is no tensor: a tuple cannot hand on None."""
+    return absent if ptr is None else ptr + element_offsets(rows, cols, strides, at.sizes)
+
+
+@triton.jit
+def place(pid, at):
+    """First row and first column of a program, and its rows, [block_rows, 1]."""
+    first_row = (pid // at.n_col_programs) * at.block_rows
+    first_col = (pid % at.n_col_programs) * (at.block_cols * at.steps)
+    return first_row, first_col, first_row + tl.arange(0, at.block_rows)[:, None]
+
+
+@triton.jit
+def is_whole(first_row, first_col, at):
+    """Whether a tile lies within the tensors: then it needs no mask, which would narrow its accesses."""
+    return (first_row + at.block_rows <= at.n_rows) & (first_col + at.block_cols <= at.n_cols)
 
 
 @triton.jit

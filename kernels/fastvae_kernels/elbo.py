@@ -1,5 +1,5 @@
-"""The loss of a VAE: errors of the images and KL of the latents in one launch, which also writes recon's gradient,
-then a tiny launch that folds the partial sums of both into (loss, recon term, KL term).
+"""The loss of a VAE: errors of the images and KL of the latents in one launch, which also writes the gradient of the
+reconstruction, then a tiny launch that folds the partial sums of both into (loss, recon term, KL term).
 """
 
 from typing import Any
@@ -10,190 +10,91 @@ import triton.language as tl
 from torch import Tensor
 
 from ._reduce import fold, fold_tile
-from ._tile import NUM_WARPS, accumulator, element_offsets, host_scalar, load, part, scalar
+from ._tile import NUM_WARPS, accumulator, host_scalar, is_whole, load, part, place, scalar
 from .elbo_bwd import elbo_bwd as elbo_bwd
-from .gaussian import clamp, exp, twice_kl_element
-from .likelihoods import l2_error, l2_gradient, target_scale
+from .images import Images, image_pointers, image_tile
+from .latents import Latents, bounds_of, floored, kl_tile, latent_pointers
+from .likelihoods import likelihood
 
 
 @triton.jit
-def _image_tile(
-    recon_ptrs,
-    target_ptrs,
-    drecon_ptrs,
-    scale,
-    mask,
-    ERROR: tl.constexpr,
-    GRADIENT: tl.constexpr,
-    TARGET_SCALE: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
-    """Errors of a tile; their gradient is stored on the way."""
-    recon, target = load(recon_ptrs, mask, DTYPE), load(target_ptrs, mask, DTYPE)
-    if TARGET_SCALE != 1:
-        target = target * TARGET_SCALE
-    if drecon_ptrs is not None:
-        tl.store(drecon_ptrs, (scale * GRADIENT(recon, target)).to(drecon_ptrs.dtype.element_ty), mask=mask)
-    return ERROR(recon, target)  # lanes outside hold 0 and 0, whose error is 0
-
-
-@triton.jit
-def _image_program(
-    pid,
-    recon_ptr,
-    target_ptr,
-    drecon_ptr,
-    partials_ptr,
-    drecon_scale,
-    recon_strides,
-    target_strides,
-    drecon_strides,
-    sizes,
-    n_rows,
-    n_cols,
-    n_col_programs,
-    ERROR: tl.constexpr,
-    GRADIENT: tl.constexpr,
-    TARGET_SCALE: tl.constexpr,
-    DTYPE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLS: tl.constexpr,
-    STEPS: tl.constexpr,
-):
-    scale = scalar(drecon_scale, DTYPE)
-    col_program = pid % n_col_programs
-    first_row = (pid // n_col_programs) * BLOCK_ROWS
-    rows = first_row + tl.arange(0, BLOCK_ROWS)[:, None]
-    errors = tl.zeros([BLOCK_ROWS, BLOCK_COLS], DTYPE)
-    for step in range(STEPS):
-        first_col = (col_program * STEPS + step) * BLOCK_COLS
-        cols = first_col + tl.arange(0, BLOCK_COLS)[None, :]
-        recon_ptrs = recon_ptr + element_offsets(rows, cols, recon_strides, sizes)
-        target_ptrs = target_ptr + element_offsets(rows, cols, target_strides, sizes)
-        if drecon_ptr is None:
-            drecon_ptrs: tl.constexpr = None
+def _image_program(pid, images, likelihood, at, partials_ptr, weight):
+    first_row, first_col, rows = place(pid, at)
+    # one number for all, or one a row
+    scale = load(weight + rows, rows < at.n_rows, at.dtype) if weight.dtype.is_ptr() else scalar(weight, at.dtype)
+    errors = tl.zeros([at.block_rows, at.block_cols], at.dtype)
+    for _ in range(at.steps):
+        cols = first_col + tl.arange(0, at.block_cols)[None, :]
+        ptrs = image_pointers(images, at, rows, cols)
+        if is_whole(first_row, first_col, at):
+            errors += image_tile(images, ptrs, likelihood, scale, None, at.dtype)
         else:
-            drecon_ptrs = drecon_ptr + element_offsets(rows, cols, drecon_strides, sizes)
-        if (first_row + BLOCK_ROWS <= n_rows) & (first_col + BLOCK_COLS <= n_cols):
-            errors += _image_tile(
-                recon_ptrs, target_ptrs, drecon_ptrs, scale, None, ERROR, GRADIENT, TARGET_SCALE, DTYPE
-            )
-        else:
-            mask = (rows < n_rows) & (cols < n_cols)
-            errors += _image_tile(
-                recon_ptrs, target_ptrs, drecon_ptrs, scale, mask, ERROR, GRADIENT, TARGET_SCALE, DTYPE
-            )
+            mask = (rows < at.n_rows) & (cols < at.n_cols)
+            errors += image_tile(images, ptrs, likelihood, scale, mask, at.dtype)
+        first_col += at.block_cols
     sums = tl.sum(errors, axis=1)[:, None]
-    tl.store(partials_ptr + rows * n_col_programs + col_program, sums, mask=rows < n_rows)
+    tl.store(partials_ptr + rows * at.n_col_programs + pid % at.n_col_programs, sums, mask=rows < at.n_rows)
 
 
 @triton.jit
-def _kl_tile(mu_ptrs, logvar_ptrs, mask, low, high, DTYPE: tl.constexpr):
-    logvar = clamp(load(logvar_ptrs, mask, DTYPE), low, high, DTYPE)
-    kl = twice_kl_element(load(mu_ptrs, mask, DTYPE), logvar, exp(0.5 * logvar, DTYPE), DTYPE)
-    return kl if mask is None else tl.where(mask, kl, 0.0)
-
-
-@triton.jit
-def _latent_program(
-    pid,
-    mu_ptr,
-    logvar_ptr,
-    partials_ptr,
-    low,
-    high,
-    mu_strides,
-    logvar_strides,
-    sizes,
-    n_rows,
-    n_cols,
-    n_col_programs,
-    DTYPE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLS: tl.constexpr,
-    STEPS: tl.constexpr,
-):
-    col_program = pid % n_col_programs
-    first_row = (pid // n_col_programs) * BLOCK_ROWS
-    rows = first_row + tl.arange(0, BLOCK_ROWS)[:, None]
-    kls = tl.zeros([BLOCK_ROWS, BLOCK_COLS], DTYPE)
-    for step in range(STEPS):
-        first_col = (col_program * STEPS + step) * BLOCK_COLS
-        cols = first_col + tl.arange(0, BLOCK_COLS)[None, :]
-        mu_ptrs = mu_ptr + element_offsets(rows, cols, mu_strides, sizes)
-        logvar_ptrs = logvar_ptr + element_offsets(rows, cols, logvar_strides, sizes)
-        if (first_row + BLOCK_ROWS <= n_rows) & (first_col + BLOCK_COLS <= n_cols):
-            kls += _kl_tile(mu_ptrs, logvar_ptrs, None, low, high, DTYPE)
+def _latent_program(pid, latents, bounds, at, partials_ptr, floored_partials_ptr):
+    first_row, first_col, rows = place(pid, at)
+    kls = tl.zeros([at.block_rows, at.block_cols], at.dtype)
+    floored_kls = tl.zeros([at.block_rows, at.block_cols], at.dtype)
+    for _ in range(at.steps):
+        cols = first_col + tl.arange(0, at.block_cols)[None, :]
+        mask = (rows < at.n_rows) & (cols < at.n_cols)
+        ptrs = latent_pointers(latents, at, rows, cols)
+        if is_whole(first_row, first_col, at):
+            kl = kl_tile(latents, ptrs, bounds, None, at.dtype)
         else:
-            kls += _kl_tile(mu_ptrs, logvar_ptrs, (rows < n_rows) & (cols < n_cols), low, high, DTYPE)
-    sums = 0.5 * tl.sum(kls, axis=1)[:, None]
-    tl.store(partials_ptr + rows * n_col_programs + col_program, sums, mask=rows < n_rows)
+            kl = kl_tile(latents, ptrs, bounds, mask, at.dtype)
+        kls += kl
+        if bounds.floor is not None:
+            floored_kls += floored(kl, bounds, mask, at.dtype)
+        first_col += at.block_cols
+    offsets = rows * at.n_col_programs + pid % at.n_col_programs
+    tl.store(partials_ptr + offsets, 0.5 * tl.sum(kls, axis=1)[:, None], mask=rows < at.n_rows)
+    if bounds.floor is not None:
+        sums = 0.5 * tl.sum(floored_kls, axis=1)[:, None]
+        tl.store(floored_partials_ptr + offsets, sums, mask=rows < at.n_rows)
 
 
-@triton.jit(do_not_specialize=["drecon_scale", "low", "high"])
+@triton.jit(do_not_specialize=["weight"])
 def _elbo_fwd_kernel(
-    recon_ptr,  # [image_rows, image_cols], read; None: no images
-    target_ptr,  # [image_rows, image_cols], read
-    drecon_ptr,  # [image_rows, image_cols], written; None: no gradient
-    recon_partials_ptr,  # [image_rows, image_col_programs], written
-    mu_ptr,  # [latent_rows, latent_cols], read; None: no latents
-    logvar_ptr,  # [latent_rows, latent_cols], read
-    kl_partials_ptr,  # [latent_rows, latent_col_programs], written
-    drecon_scale,  # bits of a float64, as are the bounds of logvar
-    low,
-    high,
-    recon_strides,
-    target_strides,
-    drecon_strides,
-    image_sizes,
-    image_rows,
-    image_cols,
-    image_col_programs,
+    images,  # Images: pointers; no images where recon is None
+    likelihood,  # Likelihood
+    image_at,  # Geometry
     image_programs,  # programs from here on have latents
-    mu_strides,
-    logvar_strides,
-    latent_sizes,
-    latent_rows,
-    latent_cols,
-    latent_col_programs,
-    ERROR: tl.constexpr,
-    GRADIENT: tl.constexpr,
-    TARGET_SCALE: tl.constexpr,
-    IMAGE_DTYPE: tl.constexpr,
-    IMAGE_ROWS: tl.constexpr,
-    IMAGE_COLS: tl.constexpr,
-    IMAGE_STEPS: tl.constexpr,
-    LATENT_DTYPE: tl.constexpr,
-    LATENT_ROWS: tl.constexpr,
-    LATENT_COLS: tl.constexpr,
-    LATENT_STEPS: tl.constexpr,
+    weight,  # of the gradients that are written: bits of a float64, or a pointer to [image_rows]
+    recon_partials_ptr,  # [image_rows, image_col_programs], written
+    latents,  # Latents: pointers; no latents where mu is None
+    bounds,  # Bounds
+    latent_at,  # Geometry
+    kl_partials_ptr,  # [latent_rows, latent_col_programs], written
+    floored_partials_ptr,  # the same of the KL under the floor; None: there is no floor
 ):
     pid = tl.program_id(0).to(tl.int64)
     if pid < image_programs:
-        if recon_ptr is not None:
-            _image_program(
-                *(pid, recon_ptr, target_ptr, drecon_ptr, recon_partials_ptr, drecon_scale),
-                *(recon_strides, target_strides, drecon_strides, image_sizes),
-                *(image_rows, image_cols, image_col_programs),
-                *(ERROR, GRADIENT, TARGET_SCALE, IMAGE_DTYPE, IMAGE_ROWS, IMAGE_COLS, IMAGE_STEPS),
-            )
-    elif mu_ptr is not None:
-        _latent_program(
-            *(pid - image_programs, mu_ptr, logvar_ptr, kl_partials_ptr, low, high),
-            *(mu_strides, logvar_strides, latent_sizes, latent_rows, latent_cols, latent_col_programs),
-            *(LATENT_DTYPE, LATENT_ROWS, LATENT_COLS, LATENT_STEPS),
-        )
+        if images.recon is not None:
+            _image_program(pid, images, likelihood, image_at, recon_partials_ptr, weight)
+    elif latents.mu is not None:
+        latent_pid = pid - image_programs
+        _latent_program(latent_pid, latents, bounds, latent_at, kl_partials_ptr, floored_partials_ptr)
 
 
-@triton.jit(do_not_specialize=["recon_scale", "kl_scale", "recon_weight", "beta"])
+@triton.jit(do_not_specialize=["recon_scale", "recon_constant", "kl_scale", "recon_weight", "beta"])
 def _elbo_fold_kernel(
     recon_partials_ptr,  # [n_rows, n_recon_partials], read; None: no images
     kl_partials_ptr,  # [n_rows, n_kl_partials], read; None: no latents
-    loss_ptr,  # [n_rows], written, as are the two terms
+    floored_partials_ptr,  # [n_rows, n_kl_partials], read; None: no floor
+    loss_ptr,  # [n_rows], written, as are the terms
     recon_ptr,
     kl_ptr,
+    floored_ptr,
     weights_ptr,  # [2], written: recon_weight and beta as this call saw them; None: not wanted
-    recon_scale,  # bits of a float64, as is kl_scale
+    recon_scale,  # bits of a float64, as are recon_constant and kl_scale
+    recon_constant,
     kl_scale,
     recon_weight,  # bits of a float64 or pointer, as is beta
     beta,
@@ -208,10 +109,15 @@ def _elbo_fold_kernel(
     mask = rows < n_rows
     weight_recon, weight_kl = scalar(recon_weight, tl.float64), scalar(beta, tl.float64)
     recon = fold(recon_partials_ptr, rows, n_rows, n_recon_partials, BLOCK_ROWS, RECON_COLS)
-    recon *= scalar(recon_scale, tl.float64)
-    kl = fold(kl_partials_ptr, rows, n_rows, n_kl_partials, BLOCK_ROWS, KL_COLS) * scalar(kl_scale, tl.float64)
+    recon = recon * scalar(recon_scale, tl.float64) + scalar(recon_constant, tl.float64)
+    kl_factor = scalar(kl_scale, tl.float64)
+    kl = fold(kl_partials_ptr, rows, n_rows, n_kl_partials, BLOCK_ROWS, KL_COLS) * kl_factor
     dtype = loss_ptr.dtype.element_ty
-    tl.store(loss_ptr + rows, (weight_recon * recon + weight_kl * kl).to(dtype), mask=mask)
+    weighed = kl
+    if floored_partials_ptr is not None:
+        weighed = fold(floored_partials_ptr, rows, n_rows, n_kl_partials, BLOCK_ROWS, KL_COLS) * kl_factor
+        tl.store(floored_ptr + rows, weighed.to(dtype), mask=mask)
+    tl.store(loss_ptr + rows, (weight_recon * recon + weight_kl * weighed).to(dtype), mask=mask)
     tl.store(recon_ptr + rows, recon.to(dtype), mask=mask)
     tl.store(kl_ptr + rows, kl.to(dtype), mask=mask)
     if weights_ptr is not None:
@@ -220,59 +126,52 @@ def _elbo_fold_kernel(
         tl.store(weights_ptr + 1, weight_kl.to(dtype), mask=first)
 
 
-def elbo_fwd(
-    recon: Tensor | None,
-    target: Tensor | None,
-    mu: Tensor | None,
-    logvar: Tensor | None,
-    kl: Tensor | None,
-    drecon: Tensor | None,
-    options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Return (loss, recon term, KL term, weights); write recon_weight * d(recon term)/d(recon) to `drecon` if it is
-    given.
+def elbo_fwd(tensors: Any, written: Any, options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Return (loss, recon term, KL term, KL term under the floor, weights).
 
     weights: a snapshot of (recon_weight, beta) if one of them is a tensor, which may change before the backward pass.
+    written: buffers for recon_weight times the gradients of the recon term by recon and log_scale, or None.
     """
-    like = next(t for t in (recon, mu, kl) if t is not None)
-    image = part([recon, target, drecon], recon is not None, options.per_sample)
-    latent = part([mu, logvar], mu is not None, options.per_sample)
-    recon_partials = like.new_empty(image.n_rows, image.tile.col_programs, dtype=accumulator(recon, target))
-    kl_partials = like.new_empty(latent.n_rows, latent.tile.col_programs, dtype=accumulator(mu, logvar))
-    low, high = options.logvar_clamp or (None, None)
-    drecon_scale = 0.0 if drecon is None else options.recon_scale * options.recon_weight
+    *given, _ = tensors
+    like = next(t for t in given if t is not None)
+    images = Images(
+        *(tensors.recon, tensors.target, tensors.log_scale, tensors.mask), written.recon, None, written.log_scale
+    )
+    latents = Latents(tensors.mu, tensors.logvar, tensors.prior_mu, tensors.prior_logvar, None, None, None, None)
+    image = part(images, tensors.recon is not None, options.per_sample)
+    latent = part(latents, tensors.mu is not None, options.per_sample)
+    sums = accumulator(tensors.recon, tensors.target, tensors.log_scale)
+    recon_partials = like.new_empty(image.n_rows, image.n_partials, dtype=sums)
+    kl_partials = like.new_empty(latent.n_rows, latent.n_partials, dtype=accumulator(*latents))
+    floored_partials = None if options.floor is None else torch.empty_like(kl_partials)
+    weight = options.row_weight
+    if weight is None:
+        weight = host_scalar(0.0 if written.recon is None else options.recon_scale * options.recon_weight)
     with torch.cuda.device_of(like):
-        if image.programs + latent.programs:
-            _elbo_fwd_kernel[(image.programs + latent.programs,)](
-                *(*image.tensors, recon_partials, *latent.tensors, kl_partials),
-                *(host_scalar(drecon_scale), host_scalar(low), host_scalar(high)),
-                *(*image.strides, image.sizes, image.n_rows, image.n_cols, image.tile.col_programs, image.programs),
-                *(*latent.strides, latent.sizes, latent.n_rows, latent.n_cols, latent.tile.col_programs),
-                ERROR=l2_error,
-                GRADIENT=l2_gradient,
-                TARGET_SCALE=target_scale(target),
-                IMAGE_DTYPE=image.dtype,
-                IMAGE_ROWS=image.tile.rows,
-                IMAGE_COLS=image.tile.cols,
-                IMAGE_STEPS=image.tile.steps,
-                LATENT_DTYPE=latent.dtype,
-                LATENT_ROWS=latent.tile.rows,
-                LATENT_COLS=latent.tile.cols,
-                LATENT_STEPS=latent.tile.steps,
+        if programs := image.programs + latent.programs:
+            _elbo_fwd_kernel[(programs,)](
+                *(image.tensors, likelihood(options.error, tensors.target), image.at, image.programs),
+                *(weight, recon_partials),
+                *(latent.tensors, bounds_of(options), latent.at, kl_partials, floored_partials),
                 num_warps=NUM_WARPS,
                 enable_fp_fusion=True,
             )
-        if kl is not None:  # measured already: its values are the partial sums
-            kl_partials = kl.contiguous()
-        dtype = accumulator(recon, target, mu, logvar, kl)
-        return _folded(recon_partials, kl_partials, options, like.shape[0], dtype)
+        if tensors.kl is not None:  # measured already: its values are the partial sums
+            kl_partials = tensors.kl.contiguous()
+        return _folded(recon_partials, kl_partials, floored_partials, options, like.shape[0], accumulator(*given))
 
 
 def _folded(
-    recon_partials: Tensor, kl_partials: Tensor, options: Any, batch: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    recon_partials: Tensor,
+    kl_partials: Tensor,
+    floored_partials: Tensor | None,
+    options: Any,
+    batch: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     shape = (batch,) if options.per_sample else ()
     loss, recon_term, kl_term = (recon_partials.new_empty(shape, dtype=dtype) for _ in range(3))
+    floored_term = None if floored_partials is None else torch.empty_like(loss)
     on_device = isinstance(options.recon_weight, Tensor) or isinstance(options.beta, Tensor)
     weights = recon_partials.new_empty(2, dtype=dtype) if on_device else None
     if n_rows := loss.numel():
@@ -280,11 +179,11 @@ def _folded(
         tiles = fold_tile(n_rows, n_recon), fold_tile(n_rows, n_kl)
         block_rows = min(rows for rows, _ in tiles)
         _elbo_fold_kernel[(triton.cdiv(n_rows, block_rows),)](
-            *(recon_partials, kl_partials, loss, recon_term, kl_term, weights),
-            *(host_scalar(options.recon_scale), host_scalar(options.kl_scale)),
+            *(recon_partials, kl_partials, floored_partials, loss, recon_term, kl_term, floored_term, weights),
+            *map(host_scalar, (options.recon_scale, options.recon_constant, options.kl_scale)),
             *(host_scalar(options.recon_weight), host_scalar(options.beta)),
             *(n_rows, n_recon, n_kl, block_rows, tiles[0][1], tiles[1][1]),
             num_warps=NUM_WARPS,
             enable_fp_fusion=True,
         )
-    return loss, recon_term, kl_term, weights
+    return loss, recon_term, kl_term, floored_term, weights

@@ -1,377 +1,235 @@
-"""Gradients of a VAE's loss, in one launch. Where the forward pass has written recon's gradient already, its programs
-read the upstream gradient and leave at once if that gradient is 1.
+"""Gradients of a VAE's loss, in one launch. Where the forward pass has written that of the reconstruction already, its
+programs read the upstream gradient and leave at once if that is what the forward pass took it for.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._tile import NUM_WARPS, ONE_TILE_EACH, element_offsets, host_scalar, load, part, scalar, triton_dtype
-from .gaussian import clamp, expm1, inside
-from .likelihoods import l2_gradient, target_scale
+from ._tile import (
+    NUM_WARPS,
+    ONE_TILE_EACH,
+    host_scalar,
+    is_whole,
+    load,
+    part,
+    place,
+    scalar,
+    triton_dtype,
+)
+from .images import Images, image_pointers, image_tile
+from .latents import Latents, bounds_of, latent_gradient_tile, latent_pointers
+from .likelihoods import likelihood
 
 _MAX_IMAGE_PROGRAMS = 1 << 10  # few, so that leaving at once costs next to nothing; each walks over its share
 _KL_BLOCK = 1024
 
 
-@triton.jit
-def _upstream(ptr, rows, n_rows, stride, DTYPE: tl.constexpr):
-    """Upstream gradient of each row; 0 where none came."""
-    gradient = tl.zeros(rows.shape, DTYPE)
-    if ptr is not None:
-        gradient = tl.load(ptr + rows * stride, mask=rows < n_rows, other=0.0).to(DTYPE)
-    return gradient
+class Upstream(NamedTuple):
+    """Gradients of the outputs, or their strides: [n_rows], or one for all at stride 0. None: no gradient came."""
+
+    loss: Any
+    recon: Any
+    kl: Any
+    floored: Any
 
 
 @triton.jit
-def _recompute_tile(
-    recon_ptr,
-    target_ptr,
-    drecon_ptr,
-    dtarget_ptr,
-    recon_strides,
-    target_strides,
-    drecon_strides,
-    dtarget_strides,
-    sizes,
-    rows,
-    cols,
-    coefficient,
-    mask,
-    GRADIENT: tl.constexpr,
-    TARGET_SCALE: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
-    recon = load(recon_ptr + element_offsets(rows, cols, recon_strides, sizes), mask, DTYPE)
-    target = load(target_ptr + element_offsets(rows, cols, target_strides, sizes), mask, DTYPE)
-    if TARGET_SCALE != 1:
-        target = target * TARGET_SCALE
-    gradient = coefficient * GRADIENT(recon, target)
-    if drecon_ptr is not None:
-        ptrs = drecon_ptr + element_offsets(rows, cols, drecon_strides, sizes)
-        tl.store(ptrs, gradient.to(ptrs.dtype.element_ty), mask=mask)
-    if dtarget_ptr is not None:
-        ptrs = dtarget_ptr + element_offsets(rows, cols, dtarget_strides, sizes)
-        tl.store(ptrs, (-gradient).to(ptrs.dtype.element_ty), mask=mask)
+def _coefficient(weight, scale, dloss_ptr, dterm_ptr, dloss_stride, dterm_stride, rows, n_rows, DTYPE: tl.constexpr):
+    """(weight * dloss + dterm) * scale of each row: the gradient of the sum that a term is made of."""
+    coefficient = tl.zeros(rows.shape, DTYPE)
+    if dloss_ptr is not None:
+        coefficient += scalar(weight, DTYPE) * load(dloss_ptr + rows * dloss_stride, rows < n_rows, DTYPE)
+    if dterm_ptr is not None:
+        coefficient += load(dterm_ptr + rows * dterm_stride, rows < n_rows, DTYPE)
+    return coefficient * scalar(scale, DTYPE)
 
 
 @triton.jit
-def _rescale_tile(ptr, strides, sizes, rows, cols, factor, mask, DTYPE: tl.constexpr):
-    ptrs = ptr + element_offsets(rows, cols, strides, sizes)
+def _rescale(ptrs, factor, mask, DTYPE: tl.constexpr):
     tl.store(ptrs, (factor * load(ptrs, mask, DTYPE)).to(ptrs.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _image_program(
-    pid,
-    dloss_ptr,
-    dterm_ptr,
-    dloss_stride,
-    dterm_stride,
-    recon_weight,
-    recon_scale,
-    recon_ptr,
-    target_ptr,
-    drecon_ptr,
-    dtarget_ptr,
-    recon_strides,
-    target_strides,
-    drecon_strides,
-    dtarget_strides,
-    sizes,
-    n_rows,
-    n_cols,
-    n_col_programs,
-    GRADIENT: tl.constexpr,
-    TARGET_SCALE: tl.constexpr,
-    HELD: tl.constexpr,
-    DTYPE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLS: tl.constexpr,
-    STEPS: tl.constexpr,
-):
-    col_program = pid % n_col_programs
-    first_row = (pid // n_col_programs) * BLOCK_ROWS
-    rows = first_row + tl.arange(0, BLOCK_ROWS)[:, None]
-    row_mask = rows < n_rows
-    dloss = _upstream(dloss_ptr, rows, n_rows, dloss_stride, DTYPE)
-    dterm = _upstream(dterm_ptr, rows, n_rows, dterm_stride, DTYPE)
-    weight = scalar(recon_weight, DTYPE)
-    coefficient = (weight * dloss + dterm) * scalar(recon_scale, DTYPE)
+def _rescale_tile(images, ptrs, factor, mask, DTYPE: tl.constexpr):
+    if images.drecon is not None:
+        _rescale(ptrs.drecon, factor, mask, DTYPE)
+    if images.dlog_scale is not None:
+        _rescale(ptrs.dlog_scale, factor, mask, DTYPE)
 
-    n_steps = STEPS
+
+@triton.jit
+def _factor(recon_weight, row_weight, upstream, strides, coefficient, rows, at):
+    """What the gradient that the forward pass wrote has to be multiplied by, each row; 1 in rows outside."""
+    mask = rows < at.n_rows
+    if row_weight is None:
+        factor = tl.zeros(rows.shape, at.dtype)
+        if upstream.loss is not None:
+            factor += load(upstream.loss + rows * strides.loss, mask, at.dtype)
+        if upstream.recon is not None:
+            factor += load(upstream.recon + rows * strides.recon, mask, at.dtype) / scalar(recon_weight, at.dtype)
+    else:
+        written = load(row_weight + rows, mask, at.dtype)
+        # equal where both are 0, too
+        factor = tl.where(coefficient == written, 1.0, coefficient / tl.where(coefficient == written, 1.0, written))
+    return tl.where(mask, factor, 1.0)
+
+
+@triton.jit
+def _image_program(
+    pid, images, likelihood, at, upstream, strides, recon_weight, row_weight, recon_scale, HELD: tl.constexpr
+):
+    first_row, first_col, rows = place(pid, at)
+    coefficient = _coefficient(
+        *(recon_weight, recon_scale, upstream.loss, upstream.recon, strides.loss, strides.recon),
+        *(rows, at.n_rows, at.dtype),
+    )
+    n_steps = at.steps
     factor = coefficient
     exact = False
     if HELD:
-        factor = dloss + dterm / weight
+        factor = _factor(recon_weight, row_weight, upstream, strides, coefficient, rows, at)
         # gradient 1: every row is as the forward pass left it
-        n_steps = tl.where(tl.sum(((factor != 1.0) & row_mask).to(tl.int32)) == 0, 0, STEPS)
+        n_steps = tl.where(tl.sum((factor != 1.0).to(tl.int32)) == 0, 0, at.steps)
         exact = True
-        if target_ptr is not None and drecon_ptr.dtype.element_ty.primitive_bitwidth < 32:
-            # a power of two moves the exponent alone; any other factor would round a second time
-            mantissa = factor.to(tl.int32, bitcast=True) & 0x007FFFFF
-            exact = tl.sum(((mantissa != 0) & row_mask).to(tl.int32)) == 0
-    for step in range(n_steps):
-        first_col = (col_program * STEPS + step) * BLOCK_COLS
-        cols = first_col + tl.arange(0, BLOCK_COLS)[None, :]
-        mask = row_mask & (cols < n_cols)
-        whole = (first_row + BLOCK_ROWS <= n_rows) & (first_col + BLOCK_COLS <= n_cols)
+        if images.target is not None:
+            if images.drecon.dtype.element_ty.primitive_bitwidth < 32:
+                # a power of two moves the exponent alone; any other factor would round a second time
+                mantissa = factor.to(tl.int32, bitcast=True) & 0x007FFFFF
+                exact = tl.sum((mantissa != 0).to(tl.int32)) == 0
+            if row_weight is not None:  # what was written under a weight of 0 tells nothing
+                exact = exact & (tl.sum((tl.abs(factor) == float("inf")).to(tl.int32)) == 0)
+    for _ in range(n_steps):
+        cols = first_col + tl.arange(0, at.block_cols)[None, :]
+        mask = (rows < at.n_rows) & (cols < at.n_cols)
+        ptrs = image_pointers(images, at, rows, cols)
+        whole = is_whole(first_row, first_col, at)
         if exact:
             if HELD:
                 if whole:
-                    _rescale_tile(drecon_ptr, drecon_strides, sizes, rows, cols, factor, None, DTYPE)
+                    _rescale_tile(images, ptrs, factor, None, at.dtype)
                 else:
-                    _rescale_tile(drecon_ptr, drecon_strides, sizes, rows, cols, factor, mask, DTYPE)
-        elif target_ptr is None:  # recon is gone: its gradient took its place
+                    _rescale_tile(images, ptrs, factor, mask, at.dtype)
+        elif images.target is None:  # recon is gone: its gradient took its place
             pass
         elif whole:
-            _recompute_tile(
-                *(recon_ptr, target_ptr, drecon_ptr, dtarget_ptr),
-                *(recon_strides, target_strides, drecon_strides, dtarget_strides, sizes),
-                *(rows, cols, coefficient, None, GRADIENT, TARGET_SCALE, DTYPE),
-            )
+            image_tile(images, ptrs, likelihood, coefficient, None, at.dtype)
         else:
-            _recompute_tile(
-                *(recon_ptr, target_ptr, drecon_ptr, dtarget_ptr),
-                *(recon_strides, target_strides, drecon_strides, dtarget_strides, sizes),
-                *(rows, cols, coefficient, mask, GRADIENT, TARGET_SCALE, DTYPE),
-            )
+            image_tile(images, ptrs, likelihood, coefficient, mask, at.dtype)
+        first_col += at.block_cols
 
 
 @triton.jit
-def _latent_tile(
-    mu_ptr,
-    logvar_ptr,
-    dmu_ptr,
-    dlogvar_ptr,
-    mu_strides,
-    logvar_strides,
-    dmu_strides,
-    dlogvar_strides,
-    sizes,
-    rows,
-    cols,
-    coefficient,
-    low,
-    high,
-    mask,
-    DTYPE: tl.constexpr,
-):
-    if dmu_ptr is not None:
-        dmu = coefficient * load(mu_ptr + element_offsets(rows, cols, mu_strides, sizes), mask, DTYPE)
-        ptrs = dmu_ptr + element_offsets(rows, cols, dmu_strides, sizes)
-        tl.store(ptrs, dmu.to(ptrs.dtype.element_ty), mask=mask)
-    if dlogvar_ptr is not None:
-        logvar = load(logvar_ptr + element_offsets(rows, cols, logvar_strides, sizes), mask, DTYPE)
-        dlogvar = 0.5 * coefficient * expm1(clamp(logvar, low, high, DTYPE), DTYPE)
-        ptrs = dlogvar_ptr + element_offsets(rows, cols, dlogvar_strides, sizes)
-        tl.store(ptrs, inside(logvar, low, high, dlogvar, DTYPE).to(ptrs.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _latent_program(
-    pid,
-    dloss_ptr,
-    dterm_ptr,
-    dloss_stride,
-    dterm_stride,
-    beta,
-    kl_scale,
-    mu_ptr,
-    logvar_ptr,
-    dmu_ptr,
-    dlogvar_ptr,
-    low,
-    high,
-    mu_strides,
-    logvar_strides,
-    dmu_strides,
-    dlogvar_strides,
-    sizes,
-    n_rows,
-    n_cols,
-    n_col_programs,
-    DTYPE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLS: tl.constexpr,
-):
-    first_row = (pid // n_col_programs) * BLOCK_ROWS
-    first_col = (pid % n_col_programs) * BLOCK_COLS
-    rows = first_row + tl.arange(0, BLOCK_ROWS)[:, None]
-    cols = first_col + tl.arange(0, BLOCK_COLS)[None, :]
-    dloss = _upstream(dloss_ptr, rows, n_rows, dloss_stride, DTYPE)
-    dterm = _upstream(dterm_ptr, rows, n_rows, dterm_stride, DTYPE)
-    coefficient = (scalar(beta, DTYPE) * dloss + dterm) * scalar(kl_scale, DTYPE)
-    if (first_row + BLOCK_ROWS <= n_rows) & (first_col + BLOCK_COLS <= n_cols):
-        _latent_tile(
-            *(mu_ptr, logvar_ptr, dmu_ptr, dlogvar_ptr),
-            *(mu_strides, logvar_strides, dmu_strides, dlogvar_strides, sizes),
-            *(rows, cols, coefficient, low, high, None, DTYPE),
+def _latent_program(pid, latents, bounds, at, upstream, strides, beta, kl_scale):
+    first_row, first_col, rows = place(pid, at)
+    cols = first_col + tl.arange(0, at.block_cols)[None, :]
+    if bounds.floor is None:
+        coefficient = _coefficient(
+            *(beta, kl_scale, upstream.loss, upstream.kl, strides.loss, strides.kl, rows, at.n_rows, at.dtype)
         )
+        of_floored = 0.0
     else:
-        _latent_tile(
-            *(mu_ptr, logvar_ptr, dmu_ptr, dlogvar_ptr),
-            *(mu_strides, logvar_strides, dmu_strides, dlogvar_strides, sizes),
-            *(rows, cols, coefficient, low, high, (rows < n_rows) & (cols < n_cols), DTYPE),
+        coefficient = _coefficient(
+            *(beta, kl_scale, None, upstream.kl, strides.loss, strides.kl, rows, at.n_rows, at.dtype)
         )
+        of_floored = _coefficient(
+            *(beta, kl_scale, upstream.loss, upstream.floored, strides.loss, strides.floored),
+            *(rows, at.n_rows, at.dtype),
+        )
+    ptrs = latent_pointers(latents, at, rows, cols)
+    if is_whole(first_row, first_col, at):
+        latent_gradient_tile(latents, ptrs, bounds, coefficient, of_floored, None, at.dtype)
+    else:
+        mask = (rows < at.n_rows) & (cols < at.n_cols)
+        latent_gradient_tile(latents, ptrs, bounds, coefficient, of_floored, mask, at.dtype)
 
 
 @triton.jit
-def _kl_program(
-    pid,
-    dloss_ptr,
-    dterm_ptr,
-    dloss_stride,
-    dterm_stride,
-    beta,
-    kl_scale,
-    dkl_ptr,
-    n_elements,
-    DTYPE: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-):
+def _kl_program(pid, upstream, strides, beta, kl_scale, dkl_ptr, n_kl, BLOCK_SIZE: tl.constexpr, DTYPE: tl.constexpr):
     rows = pid * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
-    dloss = _upstream(dloss_ptr, rows, n_elements, dloss_stride, DTYPE)
-    dterm = _upstream(dterm_ptr, rows, n_elements, dterm_stride, DTYPE)
-    dkl = (scalar(beta, DTYPE) * dloss + dterm) * scalar(kl_scale, DTYPE)
-    tl.store(dkl_ptr + rows, dkl.to(dkl_ptr.dtype.element_ty), mask=rows < n_elements)
+    dkl = _coefficient(beta, kl_scale, upstream.loss, upstream.kl, strides.loss, strides.kl, rows, n_kl, DTYPE)
+    tl.store(dkl_ptr + rows, dkl.to(dkl_ptr.dtype.element_ty), mask=rows < n_kl)
 
 
-@triton.jit(do_not_specialize=["recon_weight", "beta", "recon_scale", "kl_scale", "low", "high"])
+@triton.jit(do_not_specialize=["recon_weight", "beta", "recon_scale", "kl_scale"])
 def _elbo_bwd_kernel(
-    dloss_ptr,  # [n_rows] at its stride, or one for all at stride 0, read; None: no gradient came; so the next two
-    drecon_term_ptr,
-    dkl_term_ptr,
-    recon_ptr,  # [image_rows, image_cols], read; None: no image gradient wanted
-    target_ptr,
-    drecon_ptr,  # [image_rows, image_cols], written; None: not wanted; HELD: holds recon_weight * the gradient already
-    dtarget_ptr,  # [image_rows, image_cols], written; None: not wanted
-    mu_ptr,  # [latent_rows, latent_cols], read; None: no latent gradient wanted
-    logvar_ptr,
-    dmu_ptr,  # [latent_rows, latent_cols], written; None: not wanted
-    dlogvar_ptr,
-    dkl_ptr,  # [n_kl], written; None: not wanted
+    upstream,  # Upstream: pointers
+    upstream_strides,  # Upstream
     recon_weight,  # bits of a float64 or pointer, as is beta
     beta,
-    recon_scale,  # bits of a float64, as are kl_scale and the bounds of logvar
+    recon_scale,  # bits of a float64, as is kl_scale
     kl_scale,
-    low,
-    high,
-    upstream_strides,  # of dloss, drecon_term, dkl_term
-    recon_strides,
-    target_strides,
-    drecon_strides,
-    dtarget_strides,
-    image_sizes,
-    image_rows,
-    image_cols,
-    image_col_programs,
+    images,  # Images: pointers; no image gradient wanted where recon is None
+    likelihood,  # Likelihood
+    image_at,  # Geometry
     image_programs,  # programs from here on have latents
-    mu_strides,
-    logvar_strides,
-    dmu_strides,
-    dlogvar_strides,
-    latent_sizes,
-    latent_rows,
-    latent_cols,
-    latent_col_programs,
+    row_weight,  # [image_rows]: what the forward pass multiplied gradients by; None: recon_weight * recon_scale
+    latents,  # Latents: pointers; no latent gradient wanted where mu is None
+    bounds,  # Bounds
+    latent_at,  # Geometry
     latent_programs,  # programs from here on have values of kl
+    dkl_ptr,  # [n_kl], written; None: not wanted
     n_kl,
-    GRADIENT: tl.constexpr,
-    TARGET_SCALE: tl.constexpr,
-    HELD: tl.constexpr,
-    IMAGE_DTYPE: tl.constexpr,
-    IMAGE_ROWS: tl.constexpr,
-    IMAGE_COLS: tl.constexpr,
-    IMAGE_STEPS: tl.constexpr,
-    LATENT_DTYPE: tl.constexpr,
-    LATENT_ROWS: tl.constexpr,
-    LATENT_COLS: tl.constexpr,
+    HELD: tl.constexpr,  # drecon and dlog_scale hold what the forward pass wrote
     KL_BLOCK: tl.constexpr,
+    KL_DTYPE: tl.constexpr,
 ):
     pid = tl.program_id(0).to(tl.int64)
     if pid < image_programs:
-        if recon_ptr is not None:
+        if images.recon is not None:
             _image_program(
-                *(pid, dloss_ptr, drecon_term_ptr, upstream_strides[0], upstream_strides[1], recon_weight, recon_scale),
-                *(recon_ptr, target_ptr, drecon_ptr, dtarget_ptr),
-                *(recon_strides, target_strides, drecon_strides, dtarget_strides, image_sizes),
-                *(image_rows, image_cols, image_col_programs, GRADIENT, TARGET_SCALE, HELD),
-                *(IMAGE_DTYPE, IMAGE_ROWS, IMAGE_COLS, IMAGE_STEPS),
+                *(pid, images, likelihood, image_at, upstream, upstream_strides),
+                *(recon_weight, row_weight, recon_scale, HELD),
             )
     elif pid < latent_programs:
-        if mu_ptr is not None:
-            _latent_program(
-                *(pid - image_programs, dloss_ptr, dkl_term_ptr, upstream_strides[0], upstream_strides[2]),
-                *(beta, kl_scale, mu_ptr, logvar_ptr, dmu_ptr, dlogvar_ptr, low, high),
-                *(mu_strides, logvar_strides, dmu_strides, dlogvar_strides, latent_sizes),
-                *(latent_rows, latent_cols, latent_col_programs, LATENT_DTYPE, LATENT_ROWS, LATENT_COLS),
-            )
+        if latents.mu is not None:
+            latent_pid = pid - image_programs
+            _latent_program(latent_pid, latents, bounds, latent_at, upstream, upstream_strides, beta, kl_scale)
     elif dkl_ptr is not None:
-        _kl_program(
-            *(pid - latent_programs, dloss_ptr, dkl_term_ptr, upstream_strides[0], upstream_strides[2]),
-            *(beta, kl_scale, dkl_ptr, n_kl, LATENT_DTYPE, KL_BLOCK),
-        )
+        kl_pid = pid - latent_programs
+        _kl_program(kl_pid, upstream, upstream_strides, beta, kl_scale, dkl_ptr, n_kl, KL_BLOCK, KL_DTYPE)
 
 
 def elbo_bwd(
-    recon: Tensor | None,
-    target: Tensor | None,
-    mu: Tensor | None,
-    logvar: Tensor | None,
-    upstream: tuple[Tensor | None, Tensor | None, Tensor | None],
-    gradients: tuple[Tensor | None, ...],
+    tensors: Any,
+    upstream: tuple[Tensor | None, ...],
+    gradients: Any,
     options: Any,
     *,
     holds_forward_gradient: bool,
 ) -> None:
-    """Write the gradients that are asked for, given those of (loss, recon term, KL term).
+    """Write the gradients that are asked for, given those of (loss, recon term, KL term, KL term under the floor).
 
-    gradients: buffers for (recon, target, mu, logvar, kl). If `holds_forward_gradient`, recon's already holds what
-        `elbo_fwd`
-    wrote there and is only scaled, where that is exact or where recon is gone (None, as is target).
+    gradients: buffers in the places of what they are gradients of. If `holds_forward_gradient`, those of recon and
+        log_scale already hold what `elbo_fwd` wrote there and are only scaled, where that is exact or where recon is
+        gone (None, as is target).
     """
-    drecon, dtarget, dmu, dlogvar, dkl = gradients
+    of_images = gradients.recon, gradients.target, gradients.log_scale
+    recon = gradients.recon if tensors.recon is None else tensors.recon
+    images = Images(recon, tensors.target, tensors.log_scale, tensors.mask, *of_images)
+    of_latents = gradients.mu, gradients.logvar, gradients.prior_mu, gradients.prior_logvar
+    latents = Latents(tensors.mu, tensors.logvar, tensors.prior_mu, tensors.prior_logvar, *of_latents)
+    image = part(images, any(t is not None for t in of_images), options.per_sample, _MAX_IMAGE_PROGRAMS)
+    latent = part(latents, any(t is not None for t in of_latents), options.per_sample, ONE_TILE_EACH)
+    dkl = gradients.kl
     n_kl = 0 if dkl is None else dkl.numel()
-    recon = drecon if recon is None else recon
-    image = part(
-        [recon, target, drecon, dtarget],
-        drecon is not None or dtarget is not None,
-        options.per_sample,
-        _MAX_IMAGE_PROGRAMS,
-    )
-    latent = part([mu, logvar, dmu, dlogvar], dmu is not None or dlogvar is not None, options.per_sample, ONE_TILE_EACH)
     latent_end = image.programs + latent.programs
     programs = latent_end + triton.cdiv(n_kl, _KL_BLOCK)
     if not programs:
         return
-    given = next(t for t in gradients if t is not None)
-    low, high = options.logvar_clamp or (None, None)
-    with torch.cuda.device_of(given):
+    with torch.cuda.device_of(next(t for t in gradients if t is not None)):
         _elbo_bwd_kernel[(programs,)](
-            *upstream,
-            *image.tensors,
-            *latent.tensors,
-            dkl,
-            *(host_scalar(options.recon_weight), host_scalar(options.beta)),
-            *(host_scalar(options.recon_scale), host_scalar(options.kl_scale), host_scalar(low), host_scalar(high)),
-            tuple(t.stride(0) if t is not None and t.ndim else 0 for t in upstream),
-            *(*image.strides, image.sizes, image.n_rows, image.n_cols, image.tile.col_programs, image.programs),
-            *(*latent.strides, latent.sizes, latent.n_rows, latent.n_cols, latent.tile.col_programs, latent_end, n_kl),
-            GRADIENT=l2_gradient,
-            TARGET_SCALE=target_scale(target),
+            Upstream(*upstream),
+            Upstream(*(t.stride(0) if t is not None and t.ndim else 0 for t in upstream)),
+            *map(host_scalar, (options.recon_weight, options.beta, options.recon_scale, options.kl_scale)),
+            *(image.tensors, likelihood(options.error, tensors.target), image.at, image.programs, options.row_weight),
+            *(latent.tensors, bounds_of(options), latent.at, latent_end, dkl, n_kl),
             HELD=holds_forward_gradient,
-            IMAGE_DTYPE=image.dtype,
-            IMAGE_ROWS=image.tile.rows,
-            IMAGE_COLS=image.tile.cols,
-            IMAGE_STEPS=image.tile.steps,
-            LATENT_DTYPE=latent.dtype if dkl is None or latent.programs else triton_dtype(dkl.dtype),
-            LATENT_ROWS=latent.tile.rows,
-            LATENT_COLS=latent.tile.cols,
             KL_BLOCK=_KL_BLOCK,
+            KL_DTYPE=tl.float32 if dkl is None else triton_dtype(dkl.dtype),
             num_warps=NUM_WARPS,
             enable_fp_fusion=True,
         )

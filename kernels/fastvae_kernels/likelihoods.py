@@ -1,28 +1,180 @@
-"""Reconstruction errors as pairs of small device functions: the error of an element and its gradient by recon.
+"""Reconstruction errors as pairs of small device functions: the error of an element, and its gradients by recon and by
+target.
 
-One generic kernel takes a pair as constants, so a new likelihood is a new pair here and not a new kernel. The error of
-(0, 0), which lanes outside the tensors hold, has to be 0.
+One generic kernel takes a pair as constants, so a new likelihood is a new pair here and not a new kernel. Constants
+stand to the right of tensors: the interpreter knows no product of a constant and a tensor.
 """
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl  # noqa: F401  the interpreter looks for it where device code stands
+import triton.language as tl
 from torch import Tensor
 
-BYTE_SCALE = 1 / 255  # a uint8 target stands for the values 0, 1/255, ..., 1
+from .gaussian import exp, expm1
 
 
-def target_scale(target: Tensor | None) -> float:
-    return BYTE_SCALE if target is not None and target.dtype == torch.uint8 else 1.0
+class Likelihood(NamedTuple):
+    """What a kernel is told, all of it constant."""
+
+    error: Any
+    gradient: Any
+    parameter: Any
+    target_scale: Any
+    target_shift: Any
+    zero_at_zero: Any  # the error of (0, 0), which lanes outside the tensors hold, is 0: they need no mask
 
 
 @triton.jit
-def l2_error(recon, target):
+def _l2_error(recon, target, parameter):
     """(recon - target)^2"""
     difference = recon - target
     return difference * difference
 
 
 @triton.jit
-def l2_gradient(recon, target):
-    return 2.0 * (recon - target)
+def _l2_gradient(recon, target, parameter):
+    drecon = 2.0 * (recon - target)
+    return drecon, -drecon
+
+
+@triton.jit
+def _l1_error(recon, target, parameter):
+    return tl.abs(recon - target)
+
+
+@triton.jit
+def _l1_gradient(recon, target, parameter):
+    difference = recon - target
+    drecon = tl.where(difference > 0, 1.0, tl.where(difference < 0, -1.0, difference))  # NaN stays
+    return drecon, -drecon
+
+
+@triton.jit
+def _huber_error(recon, target, delta):
+    distance = tl.abs(recon - target)
+    near = tl.where(distance > delta, delta, distance)
+    return near * (distance - 0.5 * near)
+
+
+@triton.jit
+def _huber_gradient(recon, target, delta):
+    difference = recon - target
+    drecon = tl.where(difference > delta, delta, tl.where(difference < -delta, -delta, difference))
+    return drecon, -drecon
+
+
+@triton.jit
+def _log1p(x):
+    """log(1 + x) for 0 <= x <= 1: the rounding of 1 + x is divided out again."""
+    u = 1.0 + x
+    return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
+
+
+@triton.jit
+def _log_cosh_error(recon, target, alpha):
+    """log(cosh(alpha |recon - target|))"""
+    distance = tl.abs(recon - target) * alpha
+    return distance + (_log1p(exp(-2.0 * distance, distance.dtype)) - 0.6931471805599453)
+
+
+@triton.jit
+def _log_cosh_gradient(recon, target, alpha):
+    difference = recon - target
+    # tanh(x) = -expm1(-2 x) / (1 + exp(-2 x)) for x >= 0
+    remainder = expm1(-2.0 * (tl.abs(difference) * alpha), difference.dtype)
+    tanh = -remainder / (2.0 + remainder)
+    drecon = tl.where(difference < 0, -tanh, tanh) * alpha
+    return drecon, -drecon
+
+
+@triton.jit
+def _sigmoid(x):
+    small = exp(-tl.abs(x), x.dtype)
+    return tl.where(x < 0, small, 1.0) / (1.0 + small)
+
+
+@triton.jit
+def _bernoulli_error(logits, target, parameter):
+    """log(1 + exp(logits)) - logits * target"""
+    largest = tl.where(logits < 0, 0.0, logits)
+    return (largest - logits * target) + _log1p(exp(-tl.abs(logits), logits.dtype))
+
+
+@triton.jit
+def _bernoulli_gradient(logits, target, parameter):
+    return _sigmoid(logits) - target, -logits
+
+
+@triton.jit
+def _log_probability(p):
+    """log(p), at least -100, as torch's binary cross entropy has it."""
+    logarithm = tl.log(tl.where(p == 0, 1.0, p))
+    return tl.where((p == 0) | (logarithm < -100.0), -100.0, logarithm)
+
+
+@triton.jit
+def _log_of_complement(p):
+    """log(1 - p), at least -100, without losing the digits of a small p."""
+    u = 1.0 - p
+    logarithm = tl.log(tl.where(u == 0, 1.0, u)) * (-p / tl.where(u == 1.0, 1.0, u - 1.0))
+    logarithm = tl.where(u == 1.0, -p, logarithm)
+    return tl.where((u == 0) | (logarithm < -100.0), -100.0, logarithm)
+
+
+@triton.jit
+def _bernoulli_probs_error(recon, target, parameter):
+    return (target - 1.0) * _log_of_complement(recon) - target * _log_probability(recon)
+
+
+@triton.jit
+def _bernoulli_probs_gradient(recon, target, parameter):
+    variance = (1.0 - recon) * recon
+    drecon = (recon - target) / tl.where(variance < 1e-12, 1e-12, variance)
+    return drecon, _log_of_complement(recon) - _log_probability(recon)
+
+
+@triton.jit
+def _l2_of_logits_error(logits, target, parameter):
+    return _l2_error(_sigmoid(logits), target, parameter)
+
+
+@triton.jit
+def _l2_of_logits_gradient(logits, target, parameter):
+    recon = _sigmoid(logits)
+    drecon, dtarget = _l2_gradient(recon, target, parameter)
+    return drecon * ((1.0 - recon) * recon), dtarget
+
+
+@triton.jit
+def _l1_of_logits_error(logits, target, parameter):
+    return _l1_error(_sigmoid(logits), target, parameter)
+
+
+@triton.jit
+def _l1_of_logits_gradient(logits, target, parameter):
+    recon = _sigmoid(logits)
+    drecon, dtarget = _l1_gradient(recon, target, parameter)
+    return drecon * ((1.0 - recon) * recon), dtarget
+
+
+PAIRS = {
+    "l2": (_l2_error, _l2_gradient),
+    "l1": (_l1_error, _l1_gradient),
+    "l2_of_logits": (_l2_of_logits_error, _l2_of_logits_gradient),
+    "l1_of_logits": (_l1_of_logits_error, _l1_of_logits_gradient),
+    "huber": (_huber_error, _huber_gradient),
+    "log_cosh": (_log_cosh_error, _log_cosh_gradient),
+    "bernoulli": (_bernoulli_error, _bernoulli_gradient),
+    "bernoulli_probs": (_bernoulli_probs_error, _bernoulli_probs_gradient),
+}
+ZERO_AT_ZERO = {"l2", "l1", "huber"}
+
+
+def likelihood(options: Any, target: Tensor | None) -> Likelihood:
+    """What kernels take for `options` (.name, .parameter, .target_scale, .target_shift, the last two for uint8)."""
+    byte = target is not None and target.dtype == torch.uint8
+    scale, shift = (options.target_scale, options.target_shift) if byte else (1.0, 0.0)
+    constants = (options.parameter, scale, shift, options.name in ZERO_AT_ZERO and shift == 0)
+    return Likelihood(*PAIRS[options.name], *map(tl.constexpr, constants))

@@ -190,6 +190,11 @@ def reparam_kl_fwd(
         return (None if partials is None else fold_rows(partials)), ()
 
 
+def saved_again(mu: Tensor, logvar: Tensor, noise: Any, logvar_clamp: tuple[float, float] | None) -> list[Tensor]:
+    """What `reparam_kl_fwd` returns for the backward pass: nothing."""
+    return []
+
+
 def spread(
     mu: Tensor, logvar: Tensor, saved: list[Tensor], noise: Any, logvar_clamp: tuple[float, float] | None
 ) -> Tensor:

@@ -1,20 +1,25 @@
 """The launches that the gates on kernels look at: every kernel, storage dtype and size class, by the public API."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 import fastvae
+from fastvae.likelihoods import L1, L2, Gaussian, Scaled
+from fastvae.regularizers import FreeBits
+from fastvae.statistics import latent_stats
 
-Op = Literal["noise", "sample", "sample_kl", "kl", "loss", "whole_loss"]
+Op = Literal["noise", "sample", "sample_kl", "kl", "stats", "loss", "whole_loss"]
 WHAT_IT_DOES: dict[Op, str] = {
     "noise": "`philox_normal`",
     "sample": "`reparameterize`",
     "sample_kl": "`reparameterize_kl`",
     "kl": "`gaussian_kl`",
+    "stats": "`latent_stats`",
     "loss": "`vae_loss(kl=...)`",
     "whole_loss": "`vae_loss(mu, logvar)`",
 }
@@ -22,7 +27,45 @@ ALIGNED, ODD = (2, 6272), (3, 4181)  # several tiles, the last one cut off
 ODD_BATCH = (3, 6272)  # rows stay aligned
 SHORT_ROWS = (393, 32)  # several samples share a tile
 SEVERAL_TILES = (64, 2**20)  # one program takes several tiles
+# for statistics of columns: ranges of rows that are merged, the last one cut off; a single range
+RANGES, ODD_RANGES, ONE_RANGE = (1024, 64), (1031, 37), (64, 512)
 HUGE = (3, 2**30)  # more than 2^31 elements
+
+
+Plane = Literal["image", "mask", "latent", "sample"]
+
+
+class Option(NamedTuple):
+    """A part of the loss surface.
+
+    Attributes:
+        arguments: Makes what `vae_loss` is told of one tensor for each of `planes`.
+        planes: Shapes of those tensors; such as are like images or latents get a gradient.
+    """
+
+    arguments: Callable[..., dict[str, Any]]
+    planes: tuple[Plane, ...] = ()
+
+
+OPTIONS = {
+    "l1": Option(partial(dict, likelihood="l1")),
+    "huber": Option(partial(dict, likelihood="huber")),
+    "log_cosh": Option(partial(dict, likelihood="log_cosh")),
+    "bernoulli": Option(partial(dict, likelihood="bernoulli")),
+    "bernoulli_probs": Option(partial(dict, likelihood="bernoulli_probs")),
+    "l2_of_logits": Option(partial(dict, likelihood=L2(from_logits=True))),
+    "l1_of_logits": Option(partial(dict, likelihood=L1(from_logits=True))),
+    "shifted": Option(partial(dict, likelihood=L2(target_scale=2 / 255, target_shift=-1.0))),  # of a uint8 target
+    "gaussian": Option(lambda logvar: {"likelihood": Gaussian(logvar)}, ("image",)),
+    "scaled_l1": Option(lambda log_scale: {"likelihood": Scaled("l1", log_scale)}, ("image",)),
+    "scaled_sample": Option(lambda log_scale: {"likelihood": Scaled("l1", log_scale)}, ("sample",)),
+    "mask": Option(lambda mask: {"mask": mask}, ("mask",)),
+    "weight": Option(lambda weight: {"weight": weight}, ("sample",)),
+    "target": Option(dict),  # wants a gradient
+    "prior": Option(lambda mu, logvar: {"prior": (mu, logvar)}, ("latent", "latent")),
+    **{mode: Option(partial(dict, free_bits=FreeBits(0.1, mode))) for mode in ("dim", "dim_mask", "dim_batch")},
+}
+LIKELIHOODS = ("l1", "huber", "log_cosh", "bernoulli", "bernoulli_probs", "l2_of_logits", "l1_of_logits")
 
 
 class Floor(NamedTuple):
@@ -51,6 +94,7 @@ class Case:
         shape: Of images and latents alike, unless a sample has `latent_cols` latents.
         upstream: Gradient of every output. The backward pass of a loss has nothing to do for images where it is 1.
         clamp: Whether logvar is clamped.
+        options: Names in `OPTIONS`: of a loss; of the KL, "prior" alone.
     """
 
     op: Op
@@ -60,10 +104,11 @@ class Case:
     upstream: float = 1.0
     clamp: bool = False
     latent_cols: int | None = None
+    options: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         dtypes = "+".join(str(dtype).removeprefix("torch.") for dtype in (self.dtype, self.target_dtype) if dtype)
-        parts = [self.op, dtypes, "x".join(map(str, self.shape))]
+        parts = [self.op, *self.options, dtypes, "x".join(map(str, self.shape))]
         parts += [f"upstream{self.upstream:g}"] * (self.upstream != 1) + ["clamp"] * self.clamp
         return "-".join(parts + ["few_latents"] * (self.latent_cols is not None))
 
@@ -77,37 +122,55 @@ class Case:
 
     @property
     def forward_floor(self) -> Floor:
-        size = self.dtype.itemsize
-        image = Floor(size + (self.target_dtype or self.dtype).itemsize, size if self._one_pass else 0)
+        size, latents = self.dtype.itemsize, self._latent_floor.read
+        image = self._image_floor._replace(written=self._image_floor.written if self._one_pass else 0)
         return {
             "noise": Floor(0, size),
             "sample": Floor(2 * size, size),
             "sample_kl": Floor(2 * size, size),
-            "kl": Floor(2 * size, 0),
+            "kl": Floor(latents, 0),
+            "stats": Floor(2 * size, 0),
             "loss": image,
-            "whole_loss": Floor(image.read + 2 * size, image.written),
+            "whole_loss": Floor(image.read + latents, image.written),
         }[self.op]
 
     @property
     def backward_floor(self) -> Floor:
-        size = self.dtype.itemsize
-        image = Floor(size + (self.target_dtype or self.dtype).itemsize, size)
+        size, latent, image = self.dtype.itemsize, self._latent_floor, self._image_floor
         if self._one_pass:
             exact = size > 2 or self.upstream == 2 ** round(torch.tensor(self.upstream).log2().item())
-            image = Floor(size, size) if exact else image
+            image = Floor(image.written, image.written) if exact else image
             image = Floor(0, 0) if self.upstream == 1 else image
         return {
             "noise": Floor(0, 0),
+            "stats": Floor(0, 0),
             "sample": Floor(2 * size, 2 * size),  # z's gradient is mu's, and mu is not needed
             "sample_kl": Floor(3 * size, 2 * size),
-            "kl": Floor(2 * size, 2 * size),
+            "kl": latent,
             "loss": image,
-            "whole_loss": Floor(image.read + 2 * size, image.written + 2 * size),
+            "whole_loss": Floor(image.read + latent.read, image.written + latent.written),
         }[self.op]
 
     @property
+    def _image_floor(self) -> Floor:
+        """Of the errors and their gradients, where they are computed."""
+        size, target_size = self.dtype.itemsize, (self.target_dtype or self.dtype).itemsize
+        planes = size * (1 + self._planes("image"))
+        return Floor(planes + target_size + self._planes("mask"), planes + target_size * ("target" in self.options))
+
+    @property
+    def _latent_floor(self) -> Floor:
+        """Of the KL (what is read) and its gradients."""
+        planes = self.dtype.itemsize * (2 + self._planes("latent"))
+        return Floor(planes, planes)
+
+    def _planes(self, plane: Plane) -> int:
+        return sum(OPTIONS[option].planes.count(plane) for option in self.options)
+
+    @property
     def _one_pass(self) -> bool:
-        return self.dtype != torch.float16  # where an unscaled gradient would underflow
+        # in float16 an unscaled gradient would underflow
+        return self.dtype != torch.float16 and "target" not in self.options
 
     def forward(self, device: str = "cpu") -> Step:
         """Random inputs on the CPU, the same every time; on meta, none."""
@@ -125,22 +188,39 @@ class Case:
         if self.op == "noise":
             return Step((), (fastvae.philox_normal(self.shape, seed=7, dtype=self.dtype, device=device),))
         clamp = (-30.0, 20.0) if self.clamp else None
-        if self.op in ("sample", "sample_kl", "kl"):
+        if self.op == "stats":
+            mu, logvar = (tensor(self.shape, self.dtype, leaf=False) for _ in range(2))
+            return Step((), latent_stats(mu, logvar, logvar_clamp=clamp))
+        if self.op in ("sample", "sample_kl"):
             mu, logvar = inputs = tensor(self.shape, self.dtype), tensor(self.shape, self.dtype)
             if self.op == "sample":
                 return Step(inputs, (fastvae.reparameterize(mu, logvar, seed=7, logvar_clamp=clamp),))
-            if self.op == "kl":
-                return Step(inputs, (fastvae.gaussian_kl(mu, logvar, logvar_clamp=clamp),))
             return Step(inputs, fastvae.reparameterize_kl(mu, logvar, seed=7, logvar_clamp=clamp))
-        recon = tensor(self.shape, self.dtype)
-        target = tensor(self.shape, self.target_dtype or self.dtype, leaf=False)
-        if self.op == "whole_loss":
-            latents = self.shape[0], self.latent_cols or self.shape[1]
+        latents = self.shape[0], self.latent_cols or self.shape[1]
+        wide = torch.promote_types(self.dtype, torch.float32)
+        planes = {
+            "image": lambda: tensor(self.shape, self.dtype),
+            "mask": lambda: tensor(self.shape, torch.uint8, leaf=False) > 127,
+            "latent": lambda: tensor(latents, self.dtype),
+            "sample": lambda: tensor(self.shape[:1], wide, leaf=False),
+        }
+        more, arguments = [], {}
+        for option in map(OPTIONS.__getitem__, self.options):
+            made = [planes[plane]() for plane in option.planes]
+            arguments |= option.arguments(*made)
+            more += [t for t in made if t.requires_grad]
+        if self.op != "loss":
             mu, logvar = tensor(latents, self.dtype), tensor(latents, self.dtype)
-            terms = fastvae.vae_loss(recon, target, mu, logvar, logvar_clamp=clamp)
-            return Step((recon, mu, logvar), (terms.loss,))
-        kl = tensor(self.shape[:1], torch.promote_types(self.dtype, torch.float32))
-        return Step((recon, kl), (fastvae.vae_loss(recon, target, kl=kl).loss,))
+        if self.op == "kl":
+            return Step((mu, logvar, *more), (fastvae.gaussian_kl(mu, logvar, logvar_clamp=clamp, **arguments),))
+        recon = tensor(self.shape, self.dtype)
+        target = tensor(self.shape, self.target_dtype or self.dtype, leaf="target" in self.options)
+        more += [target] * target.requires_grad
+        if self.op == "whole_loss":
+            terms = fastvae.vae_loss(recon, target, mu, logvar, logvar_clamp=clamp, **arguments)
+            return Step((recon, mu, logvar, *more), (terms.loss,))
+        kl = tensor(self.shape[:1], wide)
+        return Step((recon, kl, *more), (fastvae.vae_loss(recon, target, kl=kl, **arguments).loss,))
 
     def backward(self, step: Step) -> tuple[Tensor, ...]:
         if not step.inputs:
@@ -164,11 +244,21 @@ CONTIGUOUS = [
     Case("whole_loss", *MIXED[0]),
 ]
 CASES = [*CONTIGUOUS, *(replace(case, shape=ODD) for case in CONTIGUOUS)]
+STATS = [Case("stats", dtype, shape=shape) for shape in (RANGES, ODD_RANGES, ONE_RANGE) for dtype in FLOATS]
+
+
+def geometry(arguments: Mapping[str, Any]) -> Any:
+    """Of the arm that the images take, or else the latents; None for kernels of one arm."""
+    for tensors, at in (("images", "image_at"), ("latents", "latent_at")):
+        if at in arguments and arguments[tensors][0] is not None:
+            return arguments[at]
+    return None
 
 
 def elements_per_program(arguments: Mapping[str, Any]) -> int:
-    """Of the arm that the images take, or else the latents: in one round of its loop."""
-    for rows, cols in (("IMAGE_ROWS", "IMAGE_COLS"), ("LATENT_ROWS", "LATENT_COLS"), ("BLOCK_ROWS", "BLOCK_COLS")):
-        if rows in arguments and (rows != "IMAGE_ROWS" or arguments["recon_ptr"] is not None):
-            return int(arguments[rows] * arguments[cols])
+    """In one round of its loop."""
+    if (at := geometry(arguments)) is not None:
+        return int(at.block_rows.value * at.block_cols.value)
+    if "BLOCK_ROWS" in arguments:
+        return int(arguments["BLOCK_ROWS"] * arguments["BLOCK_COLS"])
     return int(arguments["BLOCK_SIZE"])

@@ -1,0 +1,212 @@
+"""diffusers' posterior, computed by fastvae."""
+
+from collections.abc import Callable
+from functools import wraps
+from math import prod
+from typing import Any, Literal, NamedTuple
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+from torch import Tensor
+
+from .. import _checks, reference
+from .._backend import use_backend
+from ..distributions import DiagonalGaussian
+from ..functional import philox_normal
+from ..ops.reparam_kl import ReparamKLFunction
+from ._patch import Patch, Replacement, imported
+
+CLAMP = (-30.0, 20.0)  # what diffusers clamps every logvar to
+ATTRIBUTES = ("mean", "logvar", "std", "var")
+
+Posterior = Any  # diffusers' class, which is not imported here
+Generators = torch.Generator | list[torch.Generator] | None
+Sample = tuple[Tensor, Tensor | None]  # z, and the KL if it was asked for
+
+
+class Measured(NamedTuple):
+    """The KL that a sample's pass measured, and of what."""
+
+    kl: Tensor
+    parameters: Tensor
+    version: int
+
+
+# not in the posteriors themselves, which are copied and pickled; not in closures, which torch.compile looks into
+_made: WeakSet[Posterior] = WeakSet()
+_measured: WeakKeyDictionary[Posterior, Measured] = WeakKeyDictionary()
+
+
+def patch_diffusers(noise: Literal["torch", "philox"] = "torch") -> Patch:
+    """Let fastvae compute `DiagonalGaussianDistribution`, the posterior of diffusers' autoencoders.
+
+    The class itself is changed: every autoencoder that uses it is served, and so are posteriors that exist already. In
+    float32 and float64 the numbers and gradients of `sample`, `kl` and `nll` stay what they were. What it brings:
+
+    - `sample` reads the packed moments where they are; where a gradient is wanted, the same pass measures the KL that
+      `kl()` returns afterwards, and the backward pass writes one packed gradient for both. `mean`, `logvar`, `std` and
+      `var` are computed when somebody reads them.
+    - Arithmetic is float32 for 16-bit moments. `kl` and `nll` are then float32: they neither overflow nor cancel.
+    - `kl` and `nll` are [B] in nats, on the moments' device, for latents of any rank. diffusers' own add up dimensions
+      1, 2 and 3 whatever the rank ([B, W] for a video), and give a one-element CPU tensor for a deterministic
+      posterior. `nll(sample, dims)` adds up `dims`, as there.
+
+    All of them follow `parameters`: an assignment to `mean`, `logvar`, `std` or `var` changes that attribute alone.
+    Samples have the dtype of `parameters`, under autocast too. A subclass with its own `__init__` keeps diffusers'
+    methods. `kl(other)` broadcasts nothing.
+
+    Args:
+        noise: "torch": the noise that diffusers draws, from one generator or a list, bit for bit. "philox": the
+            generator (of a list, each its sample's) draws a seed, and the noise is a function of (seed, element): with
+            generators on the CPU it is the same on every device, and Triton's backward pass makes it anew instead of
+            keeping it.
+
+    Returns:
+        Patch: `undo()`, or the end of its `with` block, puts diffusers' methods back; posteriors made meanwhile go
+            on with them.
+
+    Raises:
+        ImportError: diffusers is not installed.
+        RuntimeError: it is patched already.
+        ValueError: unknown noise.
+
+    Source: diffusers.models.autoencoders.vae.DiagonalGaussianDistribution of diffusers 0.42.
+    """
+    _checks.choice("noise", noise, ("torch", "philox"))
+    theirs = imported("diffusers.models.autoencoders.vae").DiagonalGaussianDistribution
+    draw = _philox if noise == "philox" else _drawn_by(imported("diffusers.utils.torch_utils").randn_tensor)
+    lazy, read_all = _lazy_attributes(theirs.__init__)
+    methods = lazy | _served(theirs, draw)
+    replacements = [Replacement(theirs, name, method) for name, method in methods.items()]
+    return Patch("patch_diffusers", replacements, undoing=read_all)
+
+
+def _gaussian(posterior: Posterior) -> DiagonalGaussian:
+    return DiagonalGaussian.from_moments(posterior.parameters, 1, CLAMP, posterior.deterministic)
+
+
+def _lazy_attributes(init: Callable[..., None]) -> tuple[dict[str, Any], Callable[[], None]]:
+    """Methods that put off `ATTRIBUTES` until they are read, and what reads them for good, before an undo."""
+
+    def __init__(self: Posterior, parameters: Tensor, deterministic: bool = False) -> None:
+        if torch.compiler.is_compiling():  # the compiler drops what nobody reads
+            return init(self, parameters, deterministic)
+        self.parameters, self.deterministic = parameters, deterministic
+        _made.add(self)
+        return None
+
+    def __getattr__(self: Posterior, name: str) -> Tensor:
+        if name not in ATTRIBUTES:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        with torch.enable_grad():  # whoever reads it first, under no_grad perhaps, reads it for all
+            value: Tensor = getattr(_gaussian(self), name)
+        setattr(self, name, value)
+        return value
+
+    def __getstate__(self: Posterior) -> dict[str, Any]:
+        if self in _made:
+            read(self)  # where a pickle is loaded, nothing may be patched
+        return dict(vars(self))
+
+    def read(posterior: Posterior) -> None:
+        for name in ATTRIBUTES:
+            getattr(posterior, name)
+
+    def read_all() -> None:
+        for posterior in list(_made):
+            read(posterior)
+
+    return {"__init__": __init__, "__getattr__": __getattr__, "__getstate__": __getstate__}, read_all
+
+
+def _served(theirs: type, draw: Callable[[Posterior, Generators, bool], Sample]) -> dict[str, Any]:
+    """The methods that compute."""
+
+    def sample(self: Posterior, generator: Generators = None) -> Tensor:
+        packed = self.parameters
+        with_kl = packed.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        z, kl = draw(self, generator, with_kl)
+        if kl is not None:
+            _measured[self] = Measured(kl, packed, packed._version)
+        return z
+
+    def kl(self: Posterior, other: Posterior | None = None) -> Tensor:
+        if other is not None:
+            return _gaussian(self).kl(_gaussian(other))
+        known = None if torch.compiler.is_compiling() else _measured.get(self)
+        if known and known.parameters is self.parameters and known.version == self.parameters._version:
+            return known.kl if torch.is_grad_enabled() else known.kl.detach()
+        return _gaussian(self).kl()
+
+    def nll(self: Posterior, sample: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
+        gaussian = _gaussian(self)
+        return gaussian.nll(sample) if dims is None else _nll_over(gaussian, sample, tuple(dims))
+
+    return {method.__name__: _unless_customised(theirs, method) for method in (sample, kl, nll)}
+
+
+def _unless_customised(theirs: type, method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """diffusers' own method for a subclass with its own __init__, which may mean something else by its attributes."""
+    own = vars(theirs)[method.__name__]
+
+    @wraps(own)
+    def serve(self: Posterior, *args: Any, **kwargs: Any) -> Tensor:
+        customised = type(self).__init__ is not theirs.__init__  # type: ignore[misc]
+        result: Tensor = (own if customised else method)(self, *args, **kwargs)
+        return result
+
+    return serve
+
+
+def _nll_over(gaussian: DiagonalGaussian, sample: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """The negative log-likelihood summed over `dims`: whatever is left makes the batch."""
+    last = tuple(range(-len(dims), 0))
+    apart = [t.movedim(dims, last) for t in (gaussian.mean, gaussian.logvar, sample)]
+    kept = apart[0].shape[: sample.ndim - len(dims)]
+    mean, logvar, sample = (t.reshape(prod(kept), -1) for t in apart)
+    rows = DiagonalGaussian(mean, logvar)
+    rows.deterministic = gaussian.deterministic
+    return rows.nll(sample).reshape(kept)
+
+
+def _drawn_by(randn_tensor: Callable[..., Tensor]) -> Callable[[Posterior, Generators, bool], Sample]:
+    """Sampling with the noise that diffusers draws."""
+
+    def draw(posterior: Posterior, generator: Generators, with_kl: bool) -> Sample:
+        packed, gaussian = posterior.parameters, _gaussian(posterior)
+        noise = randn_tensor(gaussian.mean.shape, generator=generator, device=packed.device, dtype=packed.dtype)
+        if gaussian.deterministic:  # after the draw, which moves the generator on, as diffusers' own does
+            return gaussian.mean.clone(), None
+        return _with_noise(packed, noise, with_kl)
+
+    return draw
+
+
+def _philox(posterior: Posterior, generator: Generators, with_kl: bool) -> Sample:
+    """Sampling with seeds that the generators draw."""
+    packed, gaussian = posterior.parameters, _gaussian(posterior)
+    if gaussian.deterministic:
+        return gaussian.mean.clone(), None
+    if isinstance(generator, list) and len(generator) > 1:
+        if len(generator) != packed.shape[0]:
+            _checks.fail(f"a list of generators must have one a sample, {packed.shape[0]}; got {len(generator)}.")
+        shape, dtype = (1, *gaussian.mean.shape[1:]), reference.compute_dtype(packed)
+        rows = [philox_normal(shape, seed=_seed(packed, one), dtype=dtype) for one in generator]
+        return _with_noise(packed, torch.cat(rows), with_kl)
+    seed = _seed(packed, generator[0] if isinstance(generator, list) else generator)
+    return gaussian.rsample_kl(seed=seed) if with_kl else (gaussian.sample(seed=seed), None)
+
+
+def _seed(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    device = like.device if generator is None else generator.device
+    seed = torch.randint(-(2**63), 2**63 - 1, (1,), generator=generator, device=device)
+    return seed.to(like.device, non_blocking=True)
+
+
+def _with_noise(packed: Tensor, noise: Tensor, with_kl: bool) -> Sample:
+    if torch.compiler.is_compiling():
+        mu, logvar = packed.chunk(2, 1)
+        return reference.reparameterize_kl(mu, logvar, noise, CLAMP)[0], None
+    with use_backend("torch"):  # the kernels take seeds, not noise
+        z, kl = ReparamKLFunction.apply(packed, None, 1, noise, CLAMP, with_kl)  # type: ignore[no-untyped-call]
+    return z, kl

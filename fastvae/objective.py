@@ -1,0 +1,193 @@
+"""From the options of a loss to one op, and where they weigh whole samples a little arithmetic on [B] values.
+
+The op sums the errors and the KL of each sample, in one pass and with their gradients. What weighs, scales or
+regularises samples as wholes is plain PyTorch on those sums, differentiable in everything it is made of.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._options import ElboOptions, ElboTensors
+from ._strides import readable
+from .ops.elbo import ElboFunction, room_of
+from .terms import Images, Latents, Scale, Weight, normalizer
+
+
+class VAELossTerms(NamedTuple):
+    """What a VAE's loss is made of; each term is differentiable on its own."""
+
+    loss: Tensor
+    recon: Tensor
+    kl: Tensor
+
+
+def objective(
+    images: Images | None,
+    latents: Latents | None,
+    *,
+    beta: Weight = 1.0,
+    recon_weight: Weight = 1.0,
+    one_pass: bool = True,
+    inplace: bool = False,
+) -> VAELossTerms:
+    """recon_weight * recon + beta * (regularised KL), and its two terms; a term that is None is 0."""
+    options = ElboOptions(beta=beta, recon_weight=recon_weight, one_pass=one_pass, inplace=inplace)
+    tensors = ElboTensors()
+    if latents is not None:
+        tensors = latents.tensors
+        options = options._replace(
+            kl_scale=latents.normalizer,
+            per_sample=latents.reduction == "none",
+            logvar_clamp=latents.logvar_clamp,
+            floor=latents.floor,
+        )
+    if images is not None:
+        scale = Scale.of(images)
+        tensors = tensors._replace(
+            recon=images.recon, target=images.target, log_scale=scale.by_element, mask=images.mask
+        )
+        options = options._replace(error=images.likelihood.error, per_sample=images.reduction == "none")
+        if _weighs_samples(images, scale) or (latents is not None and latents.weighs_samples):
+            return _by_sample(images, scale, latents, tensors, options)
+        assert not isinstance(scale.shrink, Tensor)
+        assert not isinstance(scale.constant, Tensor)
+        factor = normalizer(images.reduction, images.recon)
+        elements = images.recon[:1].numel() if options.per_sample else images.recon.numel()
+        options = options._replace(
+            recon_scale=factor * scale.shrink * scale.factor,
+            recon_constant=factor * elements * scale.constant if scale.constant else 0.0,
+        )
+    loss, recon, kl, _ = _op(tensors, options)
+    return VAELossTerms(loss, recon, kl)
+
+
+def _weighs_samples(images: Images, scale: Scale) -> bool:
+    """Whether an option acts on samples as wholes, so that their errors are needed one by one."""
+    given = images.weight is not None or images.extra is not None
+    if given or scale.optimal or isinstance(scale.shrink, Tensor):
+        return True
+    return images.mask is not None and (images.likelihood.mask_normalize or bool(scale.constant != 0))
+
+
+def _by_sample(
+    images: Images, scale: Scale, latents: Latents | None, tensors: ElboTensors, options: ElboOptions
+) -> VAELossTerms:
+    by_dimension = latents is not None and latents.free_bits is not None and latents.free_bits.mode == "dim_batch"
+    if by_dimension:
+        tensors = tensors._replace(mu=None, logvar=None, prior_mu=None, prior_logvar=None)
+    beta, recon_weight = options.beta, options.recon_weight
+    share = _share(images)
+    linear = share * scale.shrink * scale.factor
+    row_options = options._replace(beta=1.0, kl_scale=1.0, per_sample=True)
+    if scale.optimal:
+        row_options = row_options._replace(recon_weight=1.0, one_pass=False)
+    elif not isinstance(linear, Tensor):
+        row_options = row_options._replace(recon_scale=linear)
+    elif isinstance(recon_weight, Tensor):
+        row_options = row_options._replace(recon_weight=1.0, one_pass=False)
+    else:
+        # what autograd multiplies an upstream gradient of 1 by on its way to the errors
+        weights = (recon_weight * linear).detach().expand(images.recon.shape[:1]).contiguous()
+        row_options = row_options._replace(recon_weight=1.0, row_weight=weights)
+    _, errors, kl_rows, raised = _op(tensors, row_options)
+
+    count: Weight = images.recon[:1].numel() if images.mask is None else _selected(images.mask, errors.dtype)
+    if scale.optimal:
+        scale = scale.at_best(images, errors, count)
+        linear = share * scale.shrink * scale.factor
+    rows = linear * errors if isinstance(linear, Tensor) else errors
+    if images.extra is not None:
+        rows = rows + _extra(images, scale, share, count)
+    if isinstance(scale.constant, Tensor) or scale.constant != 0:
+        rows = rows + share * (count * scale.constant)
+    recon = rows if images.reduction == "none" else rows.sum()
+
+    if latents is None:
+        return VAELossTerms(recon_weight * recon, recon, torch.zeros_like(recon))
+    if by_dimension:
+        kl, regularised = _kl_by_dimension(latents)
+    else:
+        kl, regularised = _kl_term(latents, kl_rows, kl_rows if raised is None else raised)
+    return VAELossTerms(recon_weight * recon + beta * regularised, recon, kl)
+
+
+def _share(images: Images) -> Weight:
+    """What a sample's sum counts in the term: the normaliser times its weight."""
+    if images.weight is None:
+        return images.normalizer
+    return images.weight.to(reference.compute_dtype(images.recon, images.target)) * images.normalizer
+
+
+def _extra(images: Images, scale: Scale, share: Weight, count: Weight) -> Tensor:
+    """[B]: what `extra`, as a part of every element's error, adds to the term."""
+    assert images.extra is not None
+    if scale.by_element is None:
+        return (share * scale.shrink) * (count * images.extra)
+    shrinks = torch.exp(-scale.by_element.to(reference.compute_dtype(scale.by_element)))
+    if images.mask is not None:
+        shrinks = torch.where(images.mask, shrinks, torch.zeros_like(shrinks))
+    return (share * scale.share) * (reference.per_sample(shrinks) * images.extra)
+
+
+def _selected(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B]: elements of each sample that the mask selects."""
+    return mask.flatten(1).sum(1).to(dtype) if mask.ndim > 1 else mask.to(dtype)
+
+
+def _kl_term(latents: Latents, kl: Tensor, raised: Tensor) -> tuple[Tensor, Tensor]:
+    """The KL term and the regularised one, from the KL of each sample, [B], and the same under free bits by element."""
+    if latents.free_bits is not None and latents.free_bits.mode == "sample":
+        raised = kl.clamp(min=latents.free_bits.nats)
+    if latents.capacity is not None and latents.capacity.mode == "sample":
+        raised = (raised - latents.capacity.nats).abs()
+    if latents.weight is not None:
+        weight = latents.weight.to(kl.dtype)
+        kl, raised = kl * weight, raised * weight
+    if latents.reduction == "none":
+        return kl, raised
+    kl, raised = latents.normalizer * kl.sum(), latents.normalizer * raised.sum()
+    return kl, _beyond_capacity(latents, raised)
+
+
+def _kl_by_dimension(latents: Latents) -> tuple[Tensor, Tensor]:
+    """The same for free bits of the batch's mean: dimensions are the rows of the transposed latents."""
+    given, batch, options = latents.tensors, latents.batch, ElboOptions(logvar_clamp=latents.logvar_clamp)
+    if latents.weight is None:
+        turned = ElboTensors(*(None if t is None else t.reshape(batch, -1).t() for t in given))
+        kl = _op(turned, options._replace(per_sample=True))[2]
+    else:
+        assert given.mu is not None
+        assert given.logvar is not None
+        elements = reference.gaussian_kl(
+            given.mu, given.logvar, latents.logvar_clamp, given.prior_mu, given.prior_logvar
+        )
+        kl = (elements.reshape(batch, -1) * latents.weight.to(elements.dtype)[:, None]).sum(0)
+    assert latents.free_bits is not None
+    raised = (kl / batch if batch else kl).clamp(min=latents.free_bits.nats).sum() * (latents.normalizer * batch)
+    return latents.normalizer * kl.sum(), _beyond_capacity(latents, raised)
+
+
+def _beyond_capacity(latents: Latents, term: Tensor) -> Tensor:
+    """|mean over the batch - capacity| in the units of the term."""
+    if latents.capacity is None or latents.capacity.mode == "sample":
+        return term
+    return (term - latents.capacity.nats * (latents.normalizer * latents.batch)).abs()
+
+
+def _op(tensors: ElboTensors, options: ElboOptions) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(loss, recon term, KL term, KL term under the floor)."""
+    if torch.compiler.is_compiling():  # the compiler fuses the plain formula with its neighbours
+        return reference.elbo(tensors, options)
+    tensors = ElboTensors(*(t if t is None else readable(t) for t in tensors))
+    if not torch.is_grad_enabled():  # no node of a graph is needed
+        like = next(t for t in tensors if t is not None)
+        terms: tuple[Tensor, Tensor, Tensor, Tensor | None]
+        terms = room_of(like).elbo_fwd(tensors, ElboTensors(), options)[:4]
+        return terms
+    weights = (w if isinstance(w, Tensor) else None for w in (options.beta, options.recon_weight))
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor | None]
+    outputs = ElboFunction.apply(*tensors, *weights, options)  # type: ignore[no-untyped-call]
+    return outputs

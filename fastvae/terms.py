@@ -1,0 +1,135 @@
+"""The two terms of a loss as they were asked for."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _checks, reference
+from ._options import Clamp, ElboTensors, FloorOptions
+from .likelihoods import Gaussian, Likelihood, Scaled
+from .regularizers import Capacity, FreeBits
+
+Weight = float | Tensor
+
+
+def normalizer(reduction: str, tensor: Tensor) -> float:
+    """Factor on the sum of a term; NaN where torch's mean over nothing is."""
+    divisor = {"batchmean": tensor.shape[0], "mean": tensor.numel(), "sum": 1, "none": 1}[reduction]
+    return 1.0 / divisor if divisor else float("nan")
+
+
+class Images(NamedTuple):
+    """The reconstruction term."""
+
+    recon: Tensor
+    target: Tensor
+    likelihood: Likelihood
+    reduction: str
+    weight: Tensor | None = None  # [B], as is extra
+    mask: Tensor | None = None
+    extra: Tensor | None = None
+
+    @property
+    def normalizer(self) -> float | Tensor:
+        """Factor on the sum of the term."""
+        if self.mask is not None and self.likelihood.mask_normalize:
+            return 1.0 / self.mask.sum().to(reference.compute_dtype(self.recon, self.target))
+        return normalizer(self.reduction, self.recon)
+
+
+class Latents(NamedTuple):
+    """The KL term: of mu and logvar, or `kl`, measured already."""
+
+    reduction: str
+    mu: Tensor | None
+    logvar: Tensor | None = None
+    kl: Tensor | None = None
+    prior: tuple[Tensor, Tensor] | None = None
+    logvar_clamp: Clamp | None = None
+    free_bits: FreeBits | None = None
+    capacity: Capacity | None = None
+    weight: Tensor | None = None
+
+    @property
+    def normalizer(self) -> float:
+        """Factor on the sum of the term."""
+        like = self.kl if self.mu is None else self.mu
+        assert like is not None
+        return normalizer(self.reduction, like)
+
+    @property
+    def batch(self) -> int:
+        like = self.kl if self.mu is None else self.mu
+        assert like is not None
+        return like.shape[0]
+
+    @property
+    def tensors(self) -> ElboTensors:
+        prior_mu, prior_logvar = self.prior or (None, None)
+        if self.kl is not None:
+            return ElboTensors(kl=self.kl)
+        return ElboTensors(mu=self.mu, logvar=self.logvar, prior_mu=prior_mu, prior_logvar=prior_logvar)
+
+    @property
+    def floor(self) -> FloorOptions | None:
+        """Free bits that each element has by itself."""
+        if self.free_bits is None or self.free_bits.mode in ("sample", "dim_batch"):
+            return None
+        return FloorOptions(float(self.free_bits.nats), self.free_bits.mode)  # type: ignore[arg-type]
+
+    @property
+    def weighs_samples(self) -> bool:
+        return (
+            self.weight is not None or self.capacity is not None or (self.free_bits is not None and self.floor is None)
+        )
+
+
+class Scale(NamedTuple):
+    """How an element's error e, as the pair of functions computes it, becomes its term: shrink factor e + constant."""
+
+    factor: float = 1.0
+    share: float = 1.0
+    shrink: Weight = 1.0  # share * exp(-log scale)
+    constant: Weight = 0.0
+    by_element: Tensor | None = None  # log scale of each element; the op sees to it
+    optimal: bool = False
+
+    @classmethod
+    def of(cls, images: Images) -> "Scale":
+        likelihood, recon = images.likelihood, images.recon
+        if not isinstance(likelihood, Gaussian | Scaled):
+            return cls(likelihood.factor)
+        factor, share, constant, log_scale = (
+            likelihood.factor,
+            likelihood.share,
+            likelihood.constant,
+            likelihood.log_scale,
+        )
+        if isinstance(log_scale, str):
+            return cls(factor, share, constant=constant, optimal=True)
+        if not isinstance(log_scale, Tensor):
+            log_scale = float(likelihood.clipped(torch.tensor(log_scale, dtype=torch.float64)))
+            return cls(factor, share, share * math.exp(-log_scale), share * log_scale + constant)
+        one_a_sample = (recon.shape[0], *[1] * (recon.ndim - 1))
+        if log_scale.numel() == 1 or log_scale.shape in (one_a_sample[:1], one_a_sample):
+            _checks.same_device("the likelihood's scale", log_scale, "recon", recon)
+            log_scale = log_scale.to(reference.compute_dtype(recon, images.target, log_scale))
+            log_scale = likelihood.clipped(log_scale.reshape(() if log_scale.numel() == 1 else -1))
+            return cls(factor, share, share * torch.exp(-log_scale), share * log_scale + constant)
+        if factor != 1 or images.extra is not None:  # more than the op acts on it: round once
+            log_scale = log_scale.to(reference.compute_dtype(log_scale))
+        log_scale = likelihood.clipped(log_scale)
+        if factor != 1:  # factor e exp(-s) + s = e exp(-t) + t + log(factor), t = s - log(factor)
+            log_scale = log_scale - math.log(factor)
+            constant += share * math.log(factor)
+        by_element = _checks.expanded("the likelihood's scale", log_scale, "recon", recon)
+        return cls(1.0, share, share, constant, by_element)
+
+    def at_best(self, images: Images, errors: Tensor, count: Weight) -> "Scale":
+        """With the scale that makes the term smallest, log of the mean error."""
+        assert isinstance(images.likelihood, Gaussian)
+        total = count.sum() if isinstance(count, Tensor) else count * errors.shape[0]
+        log_scale = images.likelihood.clipped(torch.log(self.factor * errors.sum() / total))
+        return self._replace(shrink=self.share * torch.exp(-log_scale), constant=self.share * log_scale + self.constant)

@@ -1,0 +1,77 @@
+"""The reconstruction term on a tile: its error, and its gradients on the way."""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from ._tile import element_offsets, load, pointers
+from .gaussian import exp
+
+
+class Images(NamedTuple):
+    """Tensors, or strides, of one shape. None: not there, or not wanted."""
+
+    recon: Any  # read, as are the next three
+    target: Any
+    log_scale: Any
+    mask: Any
+    drecon: Any  # written, as are the next two
+    dtarget: Any
+    dlog_scale: Any
+
+
+@triton.jit
+def image_pointers(images, at, rows, cols):
+    recon = images.recon + element_offsets(rows, cols, at.strides.recon, at.sizes)
+    return Images(
+        recon,
+        pointers(images.target, at.strides.target, at, rows, cols, recon),
+        pointers(images.log_scale, at.strides.log_scale, at, rows, cols, recon),
+        pointers(images.mask, at.strides.mask, at, rows, cols, recon),
+        pointers(images.drecon, at.strides.drecon, at, rows, cols, recon),
+        pointers(images.dtarget, at.strides.dtarget, at, rows, cols, recon),
+        pointers(images.dlog_scale, at.strides.dlog_scale, at, rows, cols, recon),
+    )
+
+
+@triton.jit
+def _store(ptrs, gradient, selected, mask):
+    gradient = gradient if selected is None else tl.where(selected, gradient, 0.0)
+    tl.store(ptrs, gradient.to(ptrs.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def image_tile(images, ptrs, likelihood, coefficient, mask, DTYPE: tl.constexpr):
+    """The error of each element, 0 in lanes outside. The gradients that have a place, times `coefficient`, are stored.
+
+    `images` tells what there is, `ptrs` where.
+    """
+    recon, target = load(ptrs.recon, mask, DTYPE), load(ptrs.target, mask, DTYPE)
+    if likelihood.target_scale != 1:
+        target = target * likelihood.target_scale
+    if likelihood.target_shift != 0:
+        target = target + likelihood.target_shift
+    selected = None if images.mask is None else load(ptrs.mask, mask, tl.int1)
+    error = likelihood.error(recon, target, likelihood.parameter)
+    shrink = 1.0
+    if images.log_scale is not None:
+        log_scale = load(ptrs.log_scale, mask, DTYPE)
+        shrink = exp(-log_scale, DTYPE)
+        error *= shrink
+        if images.dlog_scale is not None:
+            _store(ptrs.dlog_scale, coefficient * (1.0 - error), selected, mask)
+        error += log_scale
+    if images.drecon is not None or images.dtarget is not None:
+        drecon, dtarget = likelihood.gradient(recon, target, likelihood.parameter)
+        if images.drecon is not None:
+            drecon = coefficient * (drecon if images.log_scale is None else drecon * shrink)
+            _store(ptrs.drecon, drecon, selected, mask)
+        if images.dtarget is not None:
+            dtarget = coefficient * (dtarget if images.log_scale is None else dtarget * shrink)
+            _store(ptrs.dtarget, dtarget, selected, mask)
+    if selected is not None:
+        error = tl.where(selected, error, 0.0)
+    elif images.log_scale is not None or not likelihood.zero_at_zero:
+        error = error if mask is None else tl.where(mask, error, 0.0)
+    return error
