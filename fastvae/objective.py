@@ -4,6 +4,7 @@ The op sums the errors and the KL of each sample, in one pass and with their gra
 regularises samples as wholes is plain PyTorch on those sums, differentiable in everything it is made of.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -55,7 +56,7 @@ def objective(
         assert not isinstance(scale.shrink, Tensor)
         assert not isinstance(scale.constant, Tensor)
         factor = normalizer(images.reduction, images.recon)
-        elements = images.recon[:1].numel() if options.per_sample else images.recon.numel()
+        elements = math.prod(images.recon.shape[1:]) if options.per_sample else images.recon.numel()
         options = options._replace(
             recon_scale=factor * scale.shrink * scale.factor,
             recon_constant=factor * elements * scale.constant if scale.constant else 0.0,
@@ -90,11 +91,12 @@ def _by_sample(
         row_options = row_options._replace(recon_weight=1.0, one_pass=False)
     else:
         # what autograd multiplies an upstream gradient of 1 by on its way to the errors
-        weights = (recon_weight * linear).detach().expand(images.recon.shape[:1]).contiguous()
+        weights = (recon_weight * linear).detach()
+        weights = weights if weights.ndim else weights.repeat(images.recon.shape[0])
         row_options = row_options._replace(recon_weight=1.0, row_weight=weights)
     _, errors, kl_rows, raised = _op(tensors, row_options)
 
-    count: Weight = images.recon[:1].numel() if images.mask is None else _selected(images.mask, errors.dtype)
+    count: Weight = math.prod(images.recon.shape[1:]) if images.mask is None else _selected(images.mask, errors.dtype)
     if scale.optimal:
         scale = scale.at_best(images, errors, count)
         linear = share * scale.shrink * scale.factor
