@@ -20,7 +20,7 @@ LAYERS = [
     {"functional", "statistics"},
     {"objective", "sampling", "presets"},
     {"ops", "terms"},
-    {"likelihoods", "regularizers", "schedules", "parametrizations"},
+    {"likelihoods", "regularizers", "schedules", "parametrizations", "noise_state"},
     {"fallback", "fastvae_kernels"},
     {"reference", "_checks", "_backend", "_files"},
     {"_options", "_strides"},

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._tile import NUM_WARPS
+from ._tile import NUM_WARPS, power_of_2
 
 _TILE = 4096
 
@@ -51,7 +51,7 @@ def fold_tile(n_rows: int, n_partials: int) -> tuple[int, int]:
     """(BLOCK_ROWS, BLOCK_COLS) of `fold`: by the partials alone, so that a row's sum does not depend on its
     neighbours.
     """
-    cols = min(max(triton.next_power_of_2(n_partials), 1), _TILE)
+    cols = min(power_of_2(n_partials), _TILE)
     return (1 if n_rows == 1 else max(_TILE // cols // 4, 1)), cols
 
 

@@ -5,6 +5,7 @@ at run time.
 import math
 import struct
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -31,15 +32,20 @@ class Tile(NamedTuple):
         return -(-n_rows // self.rows) * self.col_programs
 
 
+def power_of_2(n: int) -> int:
+    """The least that is at least n; triton.next_power_of_2 takes 10 us of the host's time for it."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
 def tile(n_rows: int, n_cols: int, element_size: int, *, max_programs: int = MAX_PROGRAMS, noise: bool = False) -> Tile:
     """The tile of a problem whose elements take `element_size` bytes. A row's cut does not depend on n_rows
     unless that is 1. Where noise is made, tiles are larger, so that what a program does once weighs little, but not in
     16 bits: it is made in 32, and 4096 normals a program spill registers.
     """
     size = 2 * _TILE_BYTES // max(element_size, 4) if noise else _TILE_BYTES // element_size
-    cols = min(max(triton.next_power_of_2(n_cols), 8), size)
+    cols = min(max(power_of_2(n_cols), 8), size)
     tiles = max(-(-n_cols // cols), 1)
-    steps = triton.next_power_of_2(-(-tiles // max_programs))
+    steps = power_of_2(-(-tiles // max_programs))
     return Tile(size // cols, cols, steps, -(-tiles // steps))
 
 
@@ -63,9 +69,18 @@ def layout(tensors: Sequence[Tensor | None], *, by_sample: bool, c_order: bool) 
     is numbered so), else in the order of the first tensor's memory. Tensors of more than five dimensions must be
     contiguous.
     """
-    given = [t for t in tensors if t is not None]
+    shape = next(t.shape for t in tensors if t is not None)
+    return _layout(shape, tuple(None if t is None else t.stride() for t in tensors), by_sample, c_order)
+
+
+# a training step asks the same question every time, and the answer takes longer than a launch
+@lru_cache(maxsize=1024)
+def _layout(
+    shape: tuple[int, ...], strides: tuple[tuple[int, ...] | None, ...], by_sample: bool, c_order: bool
+) -> Layout:
+    given = [s for s in strides if s is not None]
     none = (1, *(0 for _ in given))  # a row of everything; stride 0 is divisible by 16, as an odd row stride is not
-    dims = [(size, *(t.stride(i) for t in given)) for i, size in enumerate(given[0].shape)]
+    dims = [(size, *(s[i] for s in given)) for i, size in enumerate(shape)]
     row = dims.pop(0) if by_sample else none
     dims = [dim for dim in dims if dim[0] != 1]
     if not c_order:
@@ -88,7 +103,7 @@ def layout(tensors: Sequence[Tensor | None], *, by_sample: bool, c_order: bool) 
     else:
         sizes = tuple(size for size, *_ in merged)
     by_tensor = zip(*(dim[1:] for dim in (row, *merged)), strict=True)
-    return Layout(row[0], n_cols, sizes, [() if t is None else next(by_tensor) for t in tensors])
+    return Layout(row[0], n_cols, sizes, [() if s is None else next(by_tensor) for s in strides])
 
 
 class Geometry(NamedTuple):
@@ -117,27 +132,49 @@ class Part(NamedTuple):
 
 def part(tensors: Any, wanted: bool, by_sample: bool, max_programs: int = MAX_PROGRAMS) -> Part:
     """Work on a named tuple of tensors of one shape, the first of which decides the order."""
-    kind, first = type(tensors), tensors[0]
+    kind: Any = type(tensors)
+    first = tensors[0]
     if not wanted or first is None or first.numel() == 0:
-        nothing, no_tile = (None for _ in tensors), (tl.constexpr(1), tl.constexpr(8), tl.constexpr(1))
-        at = Geometry(kind(*(() for _ in tensors)), None, 0, 0, 0, *no_tile, tl.constexpr(tl.float32))
-        return Part(kind(*nothing), at, 0, 0, 1)
-    n_rows, n_cols, sizes, strides = layout(tensors, by_sample=by_sample, c_order=False)
-    t = tile(n_rows, n_cols, first.element_size(), max_programs=max_programs)
-    if strides[0][0] == 1 < n_rows:  # rows lie side by side, as the dimensions of latents do: so do lanes
+        return _no_part(kind)
+    strides = tuple(None if t is None else t.stride() for t in tensors)
+    dtype = accumulator(*tensors)
+    return Part(tensors, *_cut(kind, first.shape, strides, first.element_size(), dtype, by_sample, max_programs))
+
+
+@lru_cache
+def _no_part(kind: Any) -> Part:
+    n_tensors, no_tile = len(kind._fields), (tl.constexpr(1), tl.constexpr(8), tl.constexpr(1))
+    at = Geometry(kind(*[()] * n_tensors), None, 0, 0, 0, *no_tile, tl.constexpr(tl.float32))
+    return Part(kind(*[None] * n_tensors), at, 0, 0, 1)
+
+
+@lru_cache(maxsize=1024)
+def _cut(
+    kind: Any,
+    shape: tuple[int, ...],
+    strides: tuple[tuple[int, ...] | None, ...],
+    element_size: int,
+    dtype: torch.dtype,
+    by_sample: bool,
+    max_programs: int,
+) -> tuple[Geometry, int, int, int]:
+    """(at, programs, n_rows, n_partials) of a Part."""
+    n_rows, n_cols, sizes, by_tensor = _layout(shape, strides, by_sample, False)
+    t = tile(n_rows, n_cols, element_size, max_programs=max_programs)
+    if by_tensor[0][0] == 1 < n_rows:  # rows lie side by side, as the dimensions of latents do: so do lanes
         t = _tall(t, n_rows, n_cols, max_programs)
-    constants = map(tl.constexpr, (t.rows, t.cols, t.steps, triton_dtype(accumulator(*tensors))))
-    at = Geometry(kind(*strides), sizes, n_rows, n_cols, t.col_programs, *constants)
-    return Part(tensors, at, t.programs(n_rows), n_rows, t.col_programs)
+    constants = map(tl.constexpr, (t.rows, t.cols, t.steps, triton_dtype(dtype)))
+    at = Geometry(kind(*by_tensor), sizes, n_rows, n_cols, t.col_programs, *constants)
+    return at, t.programs(n_rows), n_rows, t.col_programs
 
 
 def _tall(t: Tile, n_rows: int, n_cols: int, max_programs: int) -> Tile:
     """The tile with as many rows as 32 lanes take, or there are."""
     size = t.rows * t.cols
-    rows = min(triton.next_power_of_2(n_rows), 32)
-    cols = min(size // rows, triton.next_power_of_2(n_cols))
+    rows = min(power_of_2(n_rows), 32)
+    cols = min(size // rows, power_of_2(n_cols))
     tiles = -(-n_cols // cols)
-    steps = triton.next_power_of_2(-(-tiles // max_programs))
+    steps = power_of_2(-(-tiles // max_programs))
     return Tile(size // cols, cols, steps, -(-tiles // steps))
 
 

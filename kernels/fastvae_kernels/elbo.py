@@ -152,7 +152,13 @@ def elbo_fwd(tensors: Any, written: Any, options: Any) -> tuple[Tensor, Tensor, 
             _elbo_fwd_kernel[(programs,)](
                 *(image.tensors, likelihood(options.error, tensors.target), image.at, image.programs),
                 *(weight, recon_partials),
-                *(latent.tensors, bounds_of(options), latent.at, kl_partials, floored_partials),
+                *(
+                    latent.tensors,
+                    bounds_of(options.logvar_clamp, options.floor),
+                    latent.at,
+                    kl_partials,
+                    floored_partials,
+                ),
                 num_warps=NUM_WARPS,
                 enable_fp_fusion=True,
             )

@@ -226,7 +226,7 @@ def elbo_bwd(
             Upstream(*(t.stride(0) if t is not None and t.ndim else 0 for t in upstream)),
             *map(host_scalar, (options.recon_weight, options.beta, options.recon_scale, options.kl_scale)),
             *(image.tensors, likelihood(options.error, tensors.target), image.at, image.programs, options.row_weight),
-            *(latent.tensors, bounds_of(options), latent.at, latent_end, dkl, n_kl),
+            *(latent.tensors, bounds_of(options.logvar_clamp, options.floor), latent.at, latent_end, dkl, n_kl),
             HELD=holds_forward_gradient,
             KL_BLOCK=_KL_BLOCK,
             KL_DTYPE=tl.float32 if dkl is None else triton_dtype(dkl.dtype),

@@ -1,5 +1,6 @@
 """The KL term on a tile, against N(0, I) or another Gaussian, and its gradients."""
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import triton
@@ -112,8 +113,9 @@ def latent_gradient_tile(latents, ptrs, bounds, coefficient, floored_coefficient
         _store(ptrs.dprior_logvar, -0.5 * coefficient * (mu * mu + slope), mask)
 
 
-def bounds_of(options: Any) -> Bounds:
-    """What kernels take for `options` (.logvar_clamp, .floor)."""
-    low, high = options.logvar_clamp or (None, None)
-    floor, keeps = (None, None) if options.floor is None else (options.floor.nats, options.floor.mode == "dim")
+@lru_cache
+def bounds_of(logvar_clamp: tuple[float, float] | None, floor_options: Any) -> Bounds:
+    """What kernels take for bounds of logvar and free bits (.nats, .mode)."""
+    low, high = logvar_clamp or (None, None)
+    floor, keeps = (None, None) if floor_options is None else (floor_options.nats, floor_options.mode == "dim")
     return Bounds(host_scalar(low), host_scalar(high), host_scalar(floor), tl.constexpr(keeps))
