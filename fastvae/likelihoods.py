@@ -5,7 +5,7 @@ e is the error of one element, x' the reconstruction, x the target; a loss adds 
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from . import _checks
 from ._options import ErrorOptions
 from .reference import BYTE_SCALE
+
+Number = TypeVar("Number", float, Tensor)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,11 +195,14 @@ class _WithScale(nn.Module):
     def mask_normalize(self) -> bool:
         return self.base.mask_normalize
 
-    def clipped(self, log_scale: Tensor) -> Tensor:
+    def clipped(self, log_scale: Number) -> Number:
         """log_scale under its soft lower bound: of log sigma = log_scale / 2."""
         if self.softclip is None:
             return log_scale
-        return 2 * (self.softclip + nn.functional.softplus(log_scale / 2 - self.softclip))
+        if isinstance(log_scale, Tensor):
+            return 2 * (self.softclip + nn.functional.softplus(log_scale / 2 - self.softclip))
+        above = log_scale / 2 - self.softclip
+        return 2 * (self.softclip + max(above, 0.0) + math.log1p(math.exp(-abs(above))))
 
 
 class Gaussian(_WithScale):

@@ -79,10 +79,11 @@ def _by_sample(
     by_dimension = latents is not None and latents.free_bits is not None and latents.free_bits.mode == "dim_batch"
     if by_dimension:
         tensors = tensors._replace(mu=None, logvar=None, prior_mu=None, prior_logvar=None)
-    beta, recon_weight = options.beta, options.recon_weight
+    # a copy, because a schedule may step the tensor before the backward pass
+    beta, recon_weight = (w.clone() if isinstance(w, Tensor) else w for w in (options.beta, options.recon_weight))
     share = _share(images)
     linear = share * scale.shrink * scale.factor
-    row_options = options._replace(beta=1.0, kl_scale=1.0, per_sample=True)
+    row_options = options._replace(beta=1.0, recon_weight=recon_weight, kl_scale=1.0, per_sample=True)
     if scale.optimal:
         row_options = row_options._replace(recon_weight=1.0, one_pass=False)
     elif not isinstance(linear, Tensor):

@@ -110,7 +110,7 @@ class Scale(NamedTuple):
         if isinstance(log_scale, str):
             return cls(factor, share, constant=constant, optimal=True)
         if not isinstance(log_scale, Tensor):
-            log_scale = float(likelihood.clipped(torch.tensor(log_scale, dtype=torch.float64)))
+            log_scale = likelihood.clipped(log_scale)
             return cls(factor, share, share * math.exp(-log_scale), share * log_scale + constant)
         one_a_sample = (recon.shape[0], *[1] * (recon.ndim - 1))
         if log_scale.numel() == 1 or log_scale.shape in (one_a_sample[:1], one_a_sample):

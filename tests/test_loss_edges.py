@@ -135,6 +135,16 @@ def test_kl_to_itself_is_zero_and_near_it_exact(backend):
     assert nearby == pytest.approx(64 * 0.5 * (math.expm1(2**-10) - 2**-10), rel=1e-3)
 
 
+@pytest.mark.parametrize("options", [{}, {"capacity": Capacity(0.1)}], ids=["fused", "by sample"])
+def test_a_schedule_may_step_before_the_backward_pass(backend, options):
+    """The gradient is that of the value which the forward pass saw."""
+    mu, beta = torch.randn(3, 4, requires_grad=True), torch.tensor(0.5)
+    loss = fastvae.vae_loss(torch.zeros(3, 2), torch.zeros(3, 2), mu, mu, beta=beta, **options).loss
+    expected = fastvae.vae_loss(torch.zeros(3, 2), torch.zeros(3, 2), mu, mu, beta=0.5, **options).loss
+    beta.fill_(99.0)
+    assert torch.equal(*(torch.autograd.grad(x, mu)[0] for x in (loss, expected)))
+
+
 SECOND = {
     "likelihood": lambda s: {"likelihood": LogCosh(2.0), "recon_weight": 2.0},
     "bernoulli": lambda s: {"likelihood": "bernoulli"},
