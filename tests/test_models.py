@@ -299,7 +299,7 @@ def test_it_learns(backbone):
         ({"latent_dim": 2.5}, "latent_dim must be"),
         ({"width": True}, "width must be"),
         ({"hidden": -1}, "hidden must be"),
-        ({"backbone": "vit"}, "backbone must be one of conv, mlp; got 'vit'"),
+        ({"backbone": "vit"}, "backbone must be one of conv, mlp, autoencoder_kl; got 'vit'"),
     ],
 )
 def test_bad_config_is_named(fields, message):

@@ -359,9 +359,11 @@ def test_evaluation_against_the_formulas_in_float64(batch_size):
         model.encoder[-1].weight[:2] *= 0  # ... in all but two dimensions
     images = blobs(20)
     before = torch.get_rng_state()
-    evaluation, latents = evaluate(model, data.ArrayImages(images), batch_size=batch_size)
+    evaluation, latents, loss = evaluate(model, data.ArrayImages(images), batch_size=batch_size)
     assert torch.equal(torch.get_rng_state(), before)
     assert model.training
+    evaluate(model.eval(), data.ArrayImages(images))
+    assert not model.training
 
     with torch.no_grad():
         mu, logvar = model.encode(images)
@@ -372,6 +374,7 @@ def test_evaluation_against_the_formulas_in_float64(batch_size):
     assert evaluation.recon == pytest.approx(squared_error.item(), rel=1e-5)
     assert evaluation.kl == pytest.approx(kl.sum().item(), rel=1e-5)
     assert evaluation.nats == evaluation.recon + evaluation.kl
+    assert loss == pytest.approx(evaluation.nats, rel=1e-6)
     assert evaluation.bits_per_dim == evaluation.nats / (64 * math.log(2))
     torch.testing.assert_close(latents.kl_per_dim.double(), kl, rtol=1e-4, atol=1e-6)
     assert (mu.var(dim=0) > 0.01).tolist() == [False, False, True, True, True]
@@ -498,8 +501,8 @@ def test_options_out_of_range_are_named(option, value):
 def test_config_survives_json():
     config = TrainConfig(out=Path("runs/x"), image_size=(3, 4), beta=0.5)
     assert TrainConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
-    with pytest.raises(ValueError, match="does not know: ema"):
-        TrainConfig.from_json({"ema": 0.99})
+    with pytest.raises(ValueError, match="does not know: momentum"):
+        TrainConfig.from_json({"momentum": 0.99})
 
 
 @pytest.mark.parametrize(("name", "message"), [("gpu", "device must be"), ("cuda:99", "is not there")])

@@ -7,7 +7,7 @@ from fastvae.training import Evaluation
 from fastvae.training.evaluation import baseline_nats, evaluate
 
 from .._files import write_json
-from .inputs import load_images, load_model, require_free
+from .inputs import load_images, load_objective, require_free
 
 HELP = """Measure a model on images: negative ELBO, its terms, active units, and a baseline.
 
@@ -38,10 +38,10 @@ class Evaluate:
 def run(options: Evaluate) -> int:
     """Print the figures and write them to a file."""
     require_free(options.out, force=options.force)
-    model = load_model(options.model, options.device)
-    images, baseline_images, words = load_images(options.model, model, options.data)
-    evaluation, _ = evaluate(model, images)
-    baseline = baseline_nats(baseline_images, images)
+    objective = load_objective(options.model, options.device)
+    images, baseline_images, words = load_images(options.model, objective.model, options.data)
+    evaluation = evaluate(objective, images).evaluation
+    baseline = baseline_nats(baseline_images, images, objective.likelihood)
     write_json(options.out, {"data": words, **asdict(evaluation), "baseline": baseline})
     print(f"on {words}:\n{summary(evaluation, baseline)}\nwritten to {options.out}")
     return 0

@@ -7,20 +7,37 @@ from torch.utils.data import Dataset
 
 from fastvae import data
 from fastvae.models import VAE
-from fastvae.training import TrainConfig
+from fastvae.training import Objective, TrainConfig
 from fastvae.training.loop import resolve_device
+from fastvae.training.objective import decode_to_images
 
 
 def load_model(path: Path, device: str) -> VAE:
-    """The model of a run folder, or of a folder that `save_pretrained` made.
+    """The model of a run folder, or of a folder that `save_pretrained` made; it decodes to images.
 
     Raises:
         FileNotFoundError: neither is there.
         ValueError: unknown device, or a damaged model.
     """
+    objective = load_objective(path, device)
+    decode_to_images(objective)
+    return objective.model
+
+
+def load_objective(path: Path, device: str) -> Objective:
+    """The model with the likelihood that its run trained it with; "l2" for a folder outside a run.
+
+    Raises:
+        FileNotFoundError: neither is there.
+        ValueError: unknown device, or a damaged model or checkpoint.
+    """
     if not path.is_dir():
         raise FileNotFoundError(f"no model: {path} is not a folder. Pass a run folder, or a folder of save_pretrained.")
-    return VAE.from_pretrained(path / "model" if is_run(path) else path, device=resolve_device(device)).eval()
+    model = VAE.from_pretrained(path / "model" if is_run(path) else path, device=resolve_device(device)).eval()
+    run = path if is_run(path) else path.resolve().parent
+    if not (run == path or (path.resolve() == run / "model" and (run / "metrics.jsonl").is_file())):
+        return Objective(model)
+    return Objective.of_run(run, model)
 
 
 def is_run(path: Path) -> bool:

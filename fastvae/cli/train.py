@@ -1,19 +1,31 @@
 """`fastvae train`: the training loop with words around it."""
 
+from fastvae.presets import PRESETS
 from fastvae.training import TrainConfig, train
 
 from .evaluate import summary
 from .progress import reporter
 
-HELP = """Train a VAE on images and show what it learnt.
+HELP = f"""Train a VAE on images and show what it learnt.
 
 Leaves a run folder with weights, metrics, a checkpoint and pictures. Ctrl-C stops it after a last checkpoint; --resume
 goes on from there as if nothing had happened.
+
+It minimises recon_weight * reconstruction + beta * KL, by default the negative ELBO. Both terms are reported in nats
+per image, whatever their weights and reductions.
+  --likelihood  gaussian learns one variance, gaussian_fixed keeps it, gaussian_optimal has the best of each batch;
+                scaled_l1 and scaled_l2 learn a scale. With bernoulli, bernoulli_probs, l2_logits and l1_logits the
+                decoder gives logits, and pictures show probabilities.
+  --likelihood-parameter  is delta of huber, beta of smooth_l1, alpha of log_cosh, log variance of gaussian and
+                gaussian_fixed, log scale of scaled_l1 and scaled_l2.
+  --preset      {", ".join(PRESETS)}
 
 Examples:
   fastvae train
   fastvae train --data my-photos/ --image-size 64 64 --out runs/photos
   fastvae train --data images.npy --backbone mlp --latent-dim 16 --beta 4
+  fastvae train --likelihood bernoulli --beta-schedule linear --beta-steps 2000 --ema 0.999
+  fastvae train --preset ldm --beta 1e-4 --free-bits 0.1 --free-bits-mode dim
   fastvae train --resume runs/photos
 """
 

@@ -1,40 +1,60 @@
-"""Encoder and decoder networks: images [B, C, H, W] to 2 * latent_dim numbers, latent_dim numbers to images."""
+"""Encoder and decoder networks: images [B, C, H, W] to moments, mu and logvar side by side, and latents to images."""
 
 import math
 
-from torch import nn
+from torch import Tensor, nn
 
+from . import autoencoder_kl
 from .config import VAEConfig
+from .recompute import call
 
 COARSEST = 8  # pixels: halving goes on until neither side is longer
 MAX_WIDENING = 8  # of the channels, against the first stage
 
 
-def build_encoder(config: VAEConfig) -> nn.Sequential:
-    """[B, C, H, W] to [B, 2 * latent_dim]: mu and logvar side by side."""
+class Layers(nn.Sequential):
+    """Layers in a row, recomputed from their input in the backward pass if `recompute`."""
+
+    def __init__(self, *layers: nn.Module, recompute: bool) -> None:
+        super().__init__(*layers)
+        self.recompute = recompute
+
+    def forward(self, x: Tensor) -> Tensor:
+        return call(super().forward, x, recompute=self.recompute)
+
+
+def build_encoder(config: VAEConfig) -> nn.Module:
+    """[B, C, H, W] to mu and logvar side by side: [B, 2 * latent_dim], or [B, 2 * latent_channels, h, w]."""
+    if config.backbone == "autoencoder_kl":
+        return autoencoder_kl.Encoder(config)
+    return Layers(*_encoder_layers(config), recompute=config.checkpointing)
+
+
+def build_decoder(config: VAEConfig) -> nn.Module:
+    """[B, *latent_shape] to [B, C, H, W]: the mean of a Gaussian, so neither end of the range is out of reach."""
+    if config.backbone == "autoencoder_kl":
+        return autoencoder_kl.Decoder(config)
+    return Layers(*_decoder_layers(config), recompute=config.checkpointing)
+
+
+def _encoder_layers(config: VAEConfig) -> list[nn.Module]:
     if config.backbone == "mlp":
-        n_pixels = math.prod(config.image_shape)
-        return nn.Sequential(
-            nn.Flatten(), nn.Linear(n_pixels, config.hidden), nn.ReLU(), nn.Linear(config.hidden, 2 * config.latent_dim)
-        )
+        hidden = nn.Linear(math.prod(config.image_shape), config.hidden)
+        return [nn.Flatten(), hidden, nn.ReLU(), nn.Linear(config.hidden, 2 * config.latent_dim)]
     sizes, widths = stages(config)
     layers: list[nn.Module] = [_patches(config.channels, widths[0], sizes[0]), nn.SiLU()]
     for i in range(1, len(widths)):
         halve = nn.Conv2d(widths[i - 1], widths[i], kernel_size=3, stride=2, padding=1)
         layers += [halve, *_normalized_silu(widths[i], i)]
     n_features = widths[-1] * math.prod(sizes[-1])
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(n_features, 2 * config.latent_dim))
+    return [*layers, nn.Flatten(), nn.Linear(n_features, 2 * config.latent_dim)]
 
 
-def build_decoder(config: VAEConfig) -> nn.Sequential:
-    """[B, latent_dim] to [B, C, H, W]: the mean of a Gaussian, so neither end of the range is out of reach."""
+def _decoder_layers(config: VAEConfig) -> list[nn.Module]:
     if config.backbone == "mlp":
-        return nn.Sequential(
-            nn.Linear(config.latent_dim, config.hidden),
-            nn.ReLU(),
-            nn.Linear(config.hidden, math.prod(config.image_shape)),
-            nn.Unflatten(1, config.image_shape),
-        )
+        hidden = nn.Linear(config.latent_dim, config.hidden)
+        pixels = nn.Linear(config.hidden, math.prod(config.image_shape))
+        return [hidden, nn.ReLU(), pixels, nn.Unflatten(1, config.image_shape)]
     sizes, widths = stages(config)
     n_features = widths[-1] * math.prod(sizes[-1])
     top = len(widths) - 1
@@ -42,7 +62,7 @@ def build_decoder(config: VAEConfig) -> nn.Sequential:
     layers += _normalized_silu(widths[-1], top)
     for i in range(top, 0, -1):
         layers += [_double(widths[i], widths[i - 1], sizes[i]), *_normalized_silu(widths[i - 1], i - 1)]
-    return nn.Sequential(*layers, _unpatches(widths[0], config.channels, sizes[0]))
+    return [*layers, _unpatches(widths[0], config.channels, sizes[0])]
 
 
 def stages(config: VAEConfig) -> tuple[list[tuple[int, int]], list[int]]:

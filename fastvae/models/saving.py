@@ -16,12 +16,8 @@ CONFIG = "config.json"
 
 def save(directory: Path, config: VAEConfig, state: dict[str, Tensor]) -> None:
     """Write both files, each replaced as a whole; the weights carry the config too, so a wrong pair shows."""
-    safetensors = _safetensors()
-    metadata = {"format": "pt", "config": json.dumps(config.to_dict())}
-    weights = safetensors.torch.save({name: tensor.contiguous() for name, tensor in state.items()}, metadata)
-    directory.mkdir(parents=True, exist_ok=True)
-    write_bytes(directory / WEIGHTS, weights)
-    write_json(directory / CONFIG, config.to_dict())
+    values = config.to_dict()
+    write_files(directory, WEIGHTS, state, values, {"config": json.dumps(values)})
 
 
 def load(directory: Path, device: torch.device | str) -> tuple[VAEConfig, dict[str, Tensor]]:
@@ -31,41 +27,65 @@ def load(directory: Path, device: torch.device | str) -> tuple[VAEConfig, dict[s
         FileNotFoundError: the directory or one of its files is missing.
         ValueError: a damaged file, an unknown config key, or config and weights of different models.
     """
+    values, state, metadata = read_files(directory, WEIGHTS, device, writer="save_pretrained")
+    path = directory / CONFIG
+    try:
+        config = VAEConfig.from_dict(values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if "config" in metadata and VAEConfig.from_dict(json.loads(metadata["config"])) != config:
+        raise ValueError(
+            f"{path} and {directory / WEIGHTS} belong to different models: a save was interrupted between them, or one "
+            f"was edited. The weights were saved with {metadata['config']}; put that into {CONFIG}, or save again."
+        )
+    return config, state
+
+
+def write_files(
+    directory: Path, weights: str, state: dict[str, Tensor], config: dict[str, Any], metadata: dict[str, str]
+) -> None:
+    """Write the file of weights and config.json, each replaced as a whole."""
+    tensors = {name: tensor.contiguous() for name, tensor in state.items()}
+    content = _safetensors().torch.save(tensors, {"format": "pt"} | metadata)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_bytes(directory / weights, content)
+    write_json(directory / CONFIG, config)
+
+
+def read_files(
+    directory: Path, weights: str, device: torch.device | str, *, writer: str
+) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
+    """The object in config.json, the weights on `device`, and the metadata beside them; `writer` wrote such files.
+
+    Raises:
+        FileNotFoundError: the directory or one of its files is missing.
+        ValueError: a damaged file.
+    """
     safetensors = _safetensors()
     if not directory.is_dir():
-        raise FileNotFoundError(f"no directory {directory}. Pass one that save_pretrained wrote.")
-    missing = [name for name in (CONFIG, WEIGHTS) if not (directory / name).is_file()]
+        raise FileNotFoundError(f"no directory {directory}. Pass one that {writer} wrote.")
+    missing = [name for name in (CONFIG, weights) if not (directory / name).is_file()]
     if missing:
-        raise FileNotFoundError(
-            f"{directory} lacks {' and '.join(missing)}. Pass a directory that save_pretrained wrote."
-        )
-    config = _read_config(directory / CONFIG)
-    path = directory / WEIGHTS
+        raise FileNotFoundError(f"{directory} lacks {' and '.join(missing)}. Pass a directory that {writer} wrote.")
+    config = _read_object(directory / CONFIG)
+    path = directory / weights
     try:
         with safetensors.safe_open(path, framework="pt", device=str(device)) as file:
             metadata = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is damaged or not a safetensors file ({error}). Copy or save it again.") from error
-    if "config" in metadata and VAEConfig.from_dict(json.loads(metadata["config"])) != config:
-        raise ValueError(
-            f"{directory / CONFIG} and {path} belong to different models: a save was interrupted between them, or one "
-            f"was edited. The weights were saved with {metadata['config']}; put that into {CONFIG}, or save again."
-        )
-    return config, state
+    return config, state, metadata
 
 
-def _read_config(path: Path) -> VAEConfig:
+def _read_object(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}). Copy or save it again.") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a JSON object with the fields of VAEConfig; got {type(values).__name__}.")
-    try:
-        return VAEConfig.from_dict(values)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{path} must hold a JSON object with a model's config; got {type(values).__name__}.")
+    return values
 
 
 def _safetensors() -> Any:

@@ -8,3 +8,5 @@ from .loop import TrainResult as TrainResult
 from .loop import train as train
 from .metrics import NonFiniteLossError as NonFiniteLossError
 from .metrics import bits_per_dim as bits_per_dim
+from .objective import Objective as Objective
+from .run_folder import RunFolderError as RunFolderError

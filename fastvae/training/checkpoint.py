@@ -1,7 +1,7 @@
 """Checkpoints: all that a run needs to go on as if it had never stopped."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -9,7 +9,9 @@ from .._files import atomic_write
 from .config import TrainConfig
 
 CHECKPOINT_FILE = "checkpoint.pt"
-FORMAT = "fastvae training checkpoint 1"
+FORMAT = "fastvae training checkpoint 2"
+# the first format has neither a loss with state nor averaged weights, and no options that would need them
+READABLE = (FORMAT, "fastvae training checkpoint 1")
 
 
 def save_checkpoint(path: Path, *, config: TrainConfig, images: dict[str, Any], state: dict[str, Any]) -> None:
@@ -26,7 +28,7 @@ def save_checkpoint(path: Path, *, config: TrainConfig, images: dict[str, Any], 
         random["cuda"] = torch.cuda.get_rng_state()
     content = {"format": FORMAT, "config": config.to_json(), "images": images, "random": random, "state": state}
     with atomic_write(path) as file:
-        torch.save(content, file)
+        _write(content, file)
 
 
 def load_checkpoint(path: Path, *, config: TrainConfig, images: dict[str, Any]) -> dict[str, Any]:
@@ -49,6 +51,26 @@ def load_checkpoint(path: Path, *, config: TrainConfig, images: dict[str, Any]) 
     return state
 
 
+def load_part(path: Path, name: str) -> dict[str, Any]:
+    """One part of the state that `save_checkpoint` wrote; the random generators stay as they are.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is damaged or no checkpoint.
+    """
+    part: dict[str, Any] = _read(path)["state"][name]
+    return part
+
+
+def _write(content: dict[str, Any], file: BinaryIO) -> None:
+    try:
+        torch.save(content, file)
+    except RuntimeError as error:  # torch hides what the system said, a full disk say, behind "unexpected pos"
+        if isinstance(error.__context__, OSError):
+            raise OSError(error.__context__.errno, error.__context__.strerror) from error
+        raise
+
+
 def _read(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         try:
@@ -58,6 +80,6 @@ def _read(path: Path) -> dict[str, Any]:
                 f"the checkpoint {path} is damaged or cut off, or is no checkpoint. fastvae replaces it only whole, so "
                 "a copy or the disk did this: copy it again, or start a new run."
             ) from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if not isinstance(content, dict) or content.get("format") not in READABLE:
         raise ValueError(f"{path} is not a {FORMAT!r}; use the version of fastvae that wrote it.")
     return content

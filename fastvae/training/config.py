@@ -6,6 +6,16 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from .objective_options import (
+    CapacityMode,
+    FreeBitsMode,
+    LikelihoodName,
+    RampShape,
+    Reduction,
+    ScheduleName,
+    check_objective,
+)
+
 CONFIG_FILE = "config.json"
 
 # what a resumed run may change without changing what it learns; `out` and `resume` only say where the run folder is
@@ -42,8 +52,8 @@ class TrainConfig:
     """Decoupled weight decay of AdamW."""
     clip_norm: float = 100.0
     """Largest norm of the gradient; a larger one is scaled down to it."""
-    beta: float = 1.0
-    """Weight of the KL term in the loss; 1 is the negative ELBO."""
+    ema: float | None = None
+    """Decay, such as 0.999, of an average of the weights over the steps, to evaluate, draw and export."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the model: fp32, or autocast to bf16 or fp16 (fp16 with loss scaling)."""
     seed: int = 0
@@ -56,29 +66,95 @@ class TrainConfig:
     """Steps between two lines of training metrics."""
     checkpoint_every: int = 200
     """Steps between two checkpoints; the last step is always saved."""
-    backbone: Literal["conv", "mlp"] = "conv"
-    """Encoder and decoder: convolutional, or fully connected."""
+    backbone: Literal["conv", "mlp", "autoencoder_kl"] = "conv"
+    """Encoder and decoder: convolutional, fully connected, or the residual autoencoder of latent diffusion."""
     latent_dim: int = 32
     """Dimensions of the latent space."""
     width: int = 32
     """Channels of the first convolutional stage (conv)."""
     hidden: int = 400
     """Units of the hidden layers (mlp)."""
+    latent_channels: int = 4
+    """Channels of the latent map (autoencoder_kl)."""
+    checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them."""
+    preset: str | None = None
+    """Loss of another project, such as pythae or ldm; options below that are given replace its own."""
+    likelihood: LikelihoodName | None = None
+    """Error of a reconstruction; l2 unless the preset has another."""
+    likelihood_parameter: float | None = None
+    """delta, beta or alpha (1); log variance or log scale, where a learned one begins (0)."""
+    likelihood_full: bool = False
+    """Count the constant log(2 pi) / 2 of each element too (gaussian...)."""
+    likelihood_softclip: float | None = None
+    """Soft lower bound of log sigma (gaussian...)."""
+    recon_weight: float | None = None
+    """Weight of the reconstruction term in the loss; 1 unless the preset has another."""
+    reduction: Reduction | None = None
+    """Of both terms in the loss, not in what is logged; batchmean unless the preset has another."""
+    recon_reduction: Reduction | None = None
+    """Reduction of the reconstruction term alone."""
+    kl_reduction: Reduction | None = None
+    """Reduction of the KL term alone."""
+    beta: float | None = None
+    """Weight of the KL term in the loss, or what its schedule ends at; 1 unless the preset has another."""
+    beta_schedule: ScheduleName = "constant"
+    """Way of beta from beta_start to beta."""
+    beta_start: float = 0.0
+    """Beta at the first step of a schedule."""
+    beta_steps: int | None = None
+    """Steps of the schedule; half the run if not given, all of it for cyclical."""
+    beta_delay: int = 0
+    """Steps at beta_start before the schedule begins."""
+    beta_cycles: int = 4
+    """Ramps, one after the other (cyclical)."""
+    beta_ratio: float = 0.5
+    """Share of a cycle that its ramp takes (cyclical)."""
+    beta_zero_ratio: float = 0.0
+    """Share of a cycle at beta_start before its ramp (cyclical)."""
+    beta_shape: RampShape = "linear"
+    """Shape of the ramps (cyclical)."""
+    free_bits: float | None = None
+    """Nats of KL that cost nothing."""
+    free_bits_mode: FreeBitsMode = "dim"
+    """Whose: of each latent dimension, of its mean over the batch, by leaving out what costs less, of an image."""
+    capacity: float | None = None
+    """Nats at which beta holds the KL: |KL - capacity| takes the KL's place in the loss."""
+    capacity_mode: CapacityMode = "sample"
+    """Of each image, or of the mean over the batch."""
+    capacity_steps: int = 0
+    """Steps in which the capacity grows from 0; 0 has it there at once."""
+    logvar_clamp: tuple[float, float] | None = None
+    """Bounds of the posterior's log variance."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "log_every", "checkpoint_every", "latent_dim", "width", "hidden"):
+        for name in (
+            "epochs",
+            "batch_size",
+            "log_every",
+            "checkpoint_every",
+            "latent_dim",
+            "width",
+            "hidden",
+            "latent_channels",
+        ):
             _require(getattr(self, name) >= 1, self, name, "at least 1")
         for name in ("warmup_steps", "workers", "seed"):
             _require(getattr(self, name) >= 0, self, name, "at least 0")
         for name in ("learning_rate", "clip_norm"):
             value = getattr(self, name)
             _require(value > 0 and math.isfinite(value), self, name, "a positive finite number")
-        for name in ("weight_decay", "beta"):
-            value = getattr(self, name)
-            _require(value >= 0 and math.isfinite(value), self, name, "a finite number, at least 0")
+        _require(
+            self.weight_decay >= 0 and math.isfinite(self.weight_decay),
+            self,
+            "weight_decay",
+            "a finite number, at least 0",
+        )
+        _require(self.ema is None or 0 < self.ema < 1, self, "ema", "between 0 and 1, both excluded")
         _require(0 < self.validation < 1, self, "validation", "between 0 and 1, both excluded")
         _require(self.image_size is None or min(self.image_size) >= 1, self, "image_size", "two sizes of at least 1")
         _require(self.precision in ("fp32", "bf16", "fp16"), self, "precision", "fp32, bf16 or fp16")
+        check_objective(self)
 
     def to_json(self) -> dict[str, Any]:
         """The options as plain JSON values; what `from_json` reads."""
@@ -98,8 +174,8 @@ class TrainConfig:
                 "Use the version that wrote it."
             )
         paths = {name: Path(values[name]) for name in ("out", "resume") if values.get(name) is not None}
-        size = values.get("image_size")
-        return cls(**{**values, **paths, "image_size": None if size is None else tuple(size)})
+        pairs = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+        return cls(**{**values, **paths, **pairs})
 
     @classmethod
     def from_run(cls, run: Path) -> Self:

@@ -1,17 +1,20 @@
 """What a model is worth on images: its ELBO, what the latent space is used for, and a baseline without latents."""
 
-from dataclasses import dataclass
-from typing import Any
+import math
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 import fastvae
+from fastvae.likelihoods import L1, L2, Bernoulli, BernoulliProbs, Gaussian, Likelihood, Scaled
 from fastvae.models import VAE
 
 from .batches import all_batches
 from .metrics import bits_per_dim
+from .objective import Objective
 
 ACTIVE_VARIANCE = 0.01
 EVALUATION_SEED = 0
@@ -19,7 +22,9 @@ EVALUATION_SEED = 0
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A model on a set of images; per image, in nats, the Gaussian decoder's constant left out.
+    """A model on a set of images; per image, in nats of the likelihood that it was trained with.
+
+    With "l2", a Gaussian decoder's constant is left out.
 
     `bits_per_dim` is `nats / (elements of an image * ln 2)`.
     """
@@ -48,44 +53,56 @@ class Latents:
         return self.mu.var(dim=0, correction=0) > ACTIVE_VARIANCE
 
 
+class Scores(NamedTuple):
+    """What `evaluate` gives."""
+
+    evaluation: Evaluation
+    latents: Latents
+    loss: float  # what training minimises, with its weights and regularisers; mean over the batches
+
+
 @torch.no_grad()
-def evaluate(
-    model: VAE, dataset: Dataset[Any], *, batch_size: int = 512, workers: int = 0
-) -> tuple[Evaluation, Latents]:
+def evaluate(model: VAE | Objective, dataset: Dataset[Any], *, batch_size: int = 512, workers: int = 0) -> Scores:
     """Negative ELBO of `model` on all images of `dataset`, one posterior sample each, and their posteriors.
 
-    The noise is a function of the image's index, so the result does not depend on the batch size, and torch's default
-    generator is not touched. The model is evaluated in eval mode and left in the mode that it came in.
+    The noise is a function of the image's index, so the result does not depend on the batch size (its `loss` does where
+    the loss does), and torch's default generator is not touched. The optimal variance of "gaussian_optimal" is that of
+    all images. The model is evaluated in eval mode and left in the mode that it came in.
 
     Args:
-        model: The model, on the device to use.
+        model: The model, on the device to use; a bare one with "l2".
         dataset: Images [channels, height, width], uint8 or float in [0, 1].
         batch_size: Images at once.
         workers: Processes that load images.
     """
-    device = next(model.parameters()).device
-    criterion = fastvae.VAELoss(reduction="sum", return_terms=True)
-    latent_dim = model.config.latent_dim
-    recon = kl = 0.0
-    dimensions = 1
+    objective = model if isinstance(model, Objective) else Objective(model)
+    device = next(objective.parameters()).device
+    likelihood = objective.likelihood
+    loss = recon = kl = error = 0.0
+    dimensions, latent_dim = 1, math.prod(objective.model.config.latent_shape)
     n_images = 0
     means = []
-    kl_per_dim = torch.zeros(latent_dim)
-    was_training = model.training
-    model.eval()
+    kl_per_dim = torch.zeros(())
+    was_training = objective.model.training
+    objective.eval()
     for batch in all_batches(dataset, batch_size, workers=workers, device=device):
         images = batch.to(device, non_blocking=True)
         dimensions = images[0].numel()
-        out = model(images, seed=EVALUATION_SEED, offset=n_images * latent_dim)
-        terms = criterion(out.recon, images, kl=out.kl)
-        recon += terms.recon.item()
-        kl += terms.kl.item()
-        means.append(out.mu.float().cpu())
-        kl_per_dim += kl_elements(out.mu.float(), out.logvar.float()).sum(dim=0).cpu()
+        out, terms = objective(images, seed=EVALUATION_SEED, offset=n_images * latent_dim)
+        loss += terms.loss.item() * len(images)
+        recon += terms.recon.item() * len(images)
+        kl += terms.kl.item() * len(images)
+        if has_optimal_scale(likelihood):
+            error += error_sum(likelihood.base, out.recon, images)
+        mu, logvar = (t.float().flatten(1) for t in (out.mu, out.logvar))
+        means.append(mu.cpu())
+        kl_per_dim = kl_per_dim + kl_elements(mu, logvar).sum(dim=0).cpu()
         n_images += len(images)
-    model.train(was_training)
+    objective.train(was_training)
+    if has_optimal_scale(likelihood):
+        recon = nats_at_best_scale(likelihood, error, n_images * dimensions)
     latents = Latents(torch.cat(means), kl_per_dim / n_images)
-    nats = (recon + kl) / n_images
+    nats = recon / n_images + kl / n_images
     evaluation = Evaluation(
         images=n_images,
         nats=nats,
@@ -95,7 +112,7 @@ def evaluate(
         active_units=int(latents.active.sum()),
         latent_dim=latent_dim,
     )
-    return evaluation, latents
+    return Scores(evaluation, latents, loss / n_images)
 
 
 def kl_elements(mu: Tensor, logvar: Tensor) -> Tensor:
@@ -103,22 +120,87 @@ def kl_elements(mu: Tensor, logvar: Tensor) -> Tensor:
     return 0.5 * (mu.square() + (torch.expm1(logvar) - logvar))
 
 
-def baseline_nats(train: Dataset[Any], validation: Dataset[Any], *, batch_size: int = 512, workers: int = 0) -> float:
-    """Nats per validation image of the best model without latents: the per-pixel mean of the training images.
+def baseline_nats(
+    train: Dataset[Any],
+    validation: Dataset[Any],
+    likelihood: Likelihood | None = None,
+    *,
+    batch_size: int = 512,
+    workers: int = 0,
+) -> float:
+    """Nats per validation image of a model without latents: the per-pixel mean of the training images.
 
-        sum over elements of (mean - x)^2, mean over the validation images
+    It is the reconstruction term for a decoder that always says the mean, with a KL of zero. A learned or optimal scale
+    is the best one for the validation images.
 
-    It is the reconstruction term of "l2" for a decoder that always says the mean, with a KL of zero.
+    Args:
+        train: Images to take the mean of.
+        validation: Images to measure.
+        likelihood: That of the model; "l2" if None: sum over elements of (mean - x)^2, mean over the images.
+        batch_size: Images at once.
+        workers: Processes that load images.
+
+    Raises:
+        ValueError: an image holds NaN or infinity.
     """
-    total, n_train, error, n_validation = torch.zeros(()), 0, 0.0, 0
+    likelihood = L2() if likelihood is None else likelihood
+    base = of_means(likelihood.base if isinstance(likelihood, Gaussian | Scaled) else likelihood)
+    total, n_train, error, n_validation, dimensions = torch.zeros(()), 0, 0.0, 0, 1
     for images in all_batches(train, batch_size, workers=workers):
+        require_finite(images, "training")
         total = total + as_unit_interval(images).sum(dim=0)
         n_train += len(images)
     mean = total / n_train
     for images in all_batches(validation, batch_size, workers=workers):
-        error += (as_unit_interval(images) - mean).square().sum().item()
+        require_finite(images, "validation")
+        error += error_sum(base, mean.expand(images.shape), as_unit_interval(images))
         n_validation += len(images)
+        dimensions = images[0].numel()
+    if isinstance(likelihood, Gaussian | Scaled):
+        fixed, n_elements = likelihood.log_scale, n_validation * dimensions
+        if isinstance(fixed, float):
+            error = nats_at_scale(likelihood, torch.tensor(fixed), error, n_elements)
+        else:
+            error = nats_at_best_scale(likelihood, error, n_elements)
     return error / n_validation
+
+
+def has_optimal_scale(likelihood: Likelihood) -> TypeGuard[Gaussian | Scaled]:
+    return isinstance(likelihood, Gaussian | Scaled) and isinstance(likelihood.log_scale, str)
+
+
+def of_means(likelihood: Likelihood) -> Likelihood:
+    """The same error of an image's mean instead of its logits."""
+    if isinstance(likelihood, Bernoulli):
+        return BernoulliProbs()
+    if isinstance(likelihood, L1 | L2):
+        return replace(likelihood, from_logits=False)
+    return likelihood
+
+
+def error_sum(likelihood: Likelihood, recon: Tensor, images: Tensor) -> float:
+    return fastvae.reconstruction_loss(recon, images, likelihood=likelihood, reduction="sum").item()
+
+
+def nats_at_best_scale(likelihood: Gaussian | Scaled, error: float, n_elements: int) -> float:
+    """Nats of elements whose errors sum up to `error`, at the scale that makes them fewest: the mean error."""
+    smallest = torch.finfo(torch.float64).tiny
+    return nats_at_scale(likelihood, torch.tensor(max(error / n_elements, smallest)).log(), error, n_elements)
+
+
+def nats_at_scale(likelihood: Gaussian | Scaled, log_scale: Tensor, error: float, n_elements: int) -> float:
+    s = float(likelihood.clipped(log_scale.double()))
+    return float(likelihood.share) * (error * math.exp(-s) + n_elements * s) + n_elements * likelihood.constant
+
+
+def require_finite(images: Tensor, words: str) -> None:
+    """Refuse images that no model can learn.
+
+    Raises:
+        ValueError: NaN or infinity.
+    """
+    if images.is_floating_point() and not images.isfinite().all():
+        raise ValueError(f"the {words} images hold NaN or infinite values. Repair or remove those images.")
 
 
 def as_unit_interval(images: Tensor) -> Tensor:

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import Dataset
 
-import fastvae
 from fastvae import data
 from fastvae.models import VAE, VAEConfig
 
@@ -23,7 +23,8 @@ from .evaluation import Evaluation, baseline_nats, evaluate
 from .events import Event, Finished, Logged, Saved, Started
 from .interruption import TrainingInterrupted, deferred_signals
 from .metrics import FiniteWatch, RunningMean, bits_per_dim
-from .run_folder import MetricsFile, choose_run_folder
+from .objective import Objective, decode_to_images
+from .run_folder import MetricsFile, choose_run_folder, naming_the_run
 from .schedule import learning_rate
 
 # devices where reading a value waits for nothing; on others the loss is checked when it is read anyway
@@ -66,6 +67,7 @@ def train(
     Raises:
         FileExistsError: the run folder holds something already.
         ValueError: the options do not fit the data, or not the run that is resumed, or a checkpoint is damaged.
+        RunFolderError: the run folder cannot be written, such as on a full disk; the last checkpoint is kept.
         NonFiniteLossError: the loss or its gradient was not finite; the last good checkpoint is kept.
         TrainingInterrupted: a signal came; the run is saved and can be resumed.
     """
@@ -82,19 +84,20 @@ def train(
     batch_size = min(config.batch_size, len(train_set))
     steps_per_epoch = len(train_set) // batch_size
     total_steps = config.epochs * steps_per_epoch
-    baseline = baseline_nats(train_set, validation_set, workers=config.workers)
 
     torch.manual_seed(config.seed)
     model = VAE(model_config(config, shape)).to(device)
-    criterion = fastvae.VAELoss(beta=config.beta, return_terms=True)
-    parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(
-        parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=device.type in ("cpu", "cuda")
-    )
+    objective = Objective.of(config, model, batch_size=batch_size, total_steps=total_steps).to(device)
+    baseline = baseline_nats(train_set, validation_set, objective.likelihood, workers=config.workers)
+    parameters = list(objective.parameters())
+    optimizer = make_optimizer(config, objective)
+    averaged = averaged_over_steps(objective, config.ema) if config.ema else None
+    best = cast(Objective, averaged.module) if averaged else objective  # to evaluate, draw and export
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     running = RunningMean(device)
     watch = FiniteWatch(device)
     stateful: dict[str, Any] = {"model": model, "optimizer": optimizer, "scaler": scaler, "running": running}
+    stateful |= {"criterion": objective.criterion} | ({"ema": averaged} if averaged else {})
     images_id = {"train": len(train_set), "validation": len(validation_set), "shape": list(shape)}
 
     step = 0
@@ -102,10 +105,11 @@ def train(
         state = load_checkpoint(run / CHECKPOINT_FILE, config=config, images=images_id)
         step = state["step"]
         for name, part in stateful.items():
-            part.load_state_dict(state[name])
-    run.mkdir(parents=True, exist_ok=True)
-    write_json(run / CONFIG_FILE, replace(config, out=run, resume=None).to_json())
-    metrics = MetricsFile(run / "metrics.jsonl", step=step)
+            part.load_state_dict(state.get(name, {}))
+    with naming_the_run(run):
+        run.mkdir(parents=True, exist_ok=True)
+        write_json(run / CONFIG_FILE, replace(config, out=run, resume=None).to_json())
+        metrics = MetricsFile(run / "metrics.jsonl", step=step)
     n_parameters = sum(p.numel() for p in parameters)
     notify(Started(run, str(device), len(train_set), len(validation_set), n_parameters, step, total_steps, baseline))
 
@@ -114,14 +118,16 @@ def train(
         record = {"step": step, "epoch": -(-step // steps_per_epoch), "split": split}
         record |= {"loss": loss, "recon": recon, "kl": kl, "nats": nats}
         record |= {"bits_per_dim": bits_per_dim(nats, math.prod(shape)), **more}
-        metrics.append(record)
+        with naming_the_run(run):
+            metrics.append(record)
         notify(Logged(record))
 
     def save() -> None:
         watch.check()  # never replace a good checkpoint by a broken one
         state = {name: part.state_dict() for name, part in stateful.items()}
-        save_checkpoint(run / CHECKPOINT_FILE, config=config, images=images_id, state={"step": step, **state})
-        model.save_pretrained(run / "model")
+        with naming_the_run(run):
+            save_checkpoint(run / CHECKPOINT_FILE, config=config, images=images_id, state={"step": step, **state})
+            best.model.save_pretrained(run / "model")
         notify(Saved(step, run / CHECKPOINT_FILE))
 
     with deferred_signals() as pending:
@@ -137,14 +143,16 @@ def train(
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 with autocast(device, config.precision):
-                    out = model(images)
-                    terms = criterion(out.recon, images, kl=out.kl)
+                    _, terms = objective(images)
                 scaler.scale(terms.loss).backward()
                 scaler.unscale_(optimizer)
                 norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
                 scaler.step(optimizer)
                 scaler.update()
                 optimizer.zero_grad()
+                objective.step()
+                if averaged:
+                    averaged.update_parameters(objective)
                 step += 1
 
                 running.add(terms)
@@ -156,20 +164,23 @@ def train(
                 if at_log:
                     now = time.perf_counter()
                     speed = (step - logged_step) * batch_size / (now - logged_at)
-                    log("train", *running.take(), lr=rate, images_per_second=speed)
+                    beta, learned = objective.beta_at(step - 1), objective.learned_scale()
+                    scale = {} if learned is None else {"log_scale": learned.item()}
+                    log("train", *running.take(), lr=rate, beta=beta, **scale, images_per_second=speed)
                     logged_at, logged_step = now, step
                 if step % steps_per_epoch == 0:
                     watch.check()
-                    scores, _ = evaluate(model, validation_set, workers=config.workers)
-                    log("validation", scores.recon + config.beta * scores.kl, scores.recon, scores.kl, lr=rate)
+                    scores, _, loss = evaluate(best, validation_set, workers=config.workers)
+                    log("validation", loss, scores.recon, scores.kl, lr=rate, beta=objective.beta_at(step))
                 if step % config.checkpoint_every == 0 or step == total_steps or pending.signal:
                     save()
                 if pending.signal:
                     raise TrainingInterrupted(run, step, pending.signal)
 
-    evaluation, latents = evaluate(model, validation_set, workers=config.workers)
-    write_json(run / "evaluation.json", {**asdict(evaluation), "baseline": baseline})
-    drawn = pictures.save_all(run, model, validation_set, latents, records=metrics.records, baseline=baseline)
+    evaluation, latents, _ = evaluate(best, validation_set, workers=config.workers)
+    with naming_the_run(run), decode_to_images(best):
+        write_json(run / "evaluation.json", {**asdict(evaluation), "baseline": baseline})
+        drawn = pictures.save_all(run, best.model, validation_set, latents, records=metrics.records, baseline=baseline)
     notify(Finished(run, evaluation, drawn))
     return TrainResult(run, evaluation, baseline, drawn)
 
@@ -194,6 +205,21 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def make_optimizer(config: TrainConfig, objective: Objective) -> torch.optim.Optimizer:
+    """AdamW; the parameters of the loss do not decay."""
+    groups: list[dict[str, Any]] = [{"params": list(objective.model.parameters())}]
+    if list(objective.criterion.parameters()):
+        groups.append({"params": list(objective.criterion.parameters()), "weight_decay": 0.0})
+    fused = next(objective.parameters()).device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused)
+
+
+def averaged_over_steps(objective: Objective, decay: float) -> AveragedModel:
+    """Exponential moving average of model and loss; the first step's weights are where it begins."""
+    # without `device`, its count of steps stays on the host, and averaging waits for nothing
+    return AveragedModel(objective, multi_avg_fn=get_ema_multi_avg_fn(decay))  # type: ignore[no-untyped-call]
+
+
 def model_config(config: TrainConfig, shape: tuple[int, ...]) -> VAEConfig:
     """The model that the options ask for, for images of `shape`, (channels, height, width)."""
     channels, height, width = shape
@@ -204,6 +230,8 @@ def model_config(config: TrainConfig, shape: tuple[int, ...]) -> VAEConfig:
         latent_dim=config.latent_dim,
         width=config.width,
         hidden=config.hidden,
+        latent_channels=config.latent_channels,
+        checkpointing=config.checkpointing,
     )
 
 

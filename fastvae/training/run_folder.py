@@ -2,12 +2,39 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from .._files import TEMPORARY_SUFFIX, write_bytes
+from .checkpoint import CHECKPOINT_FILE
 from .config import TrainConfig
+
+
+class RunFolderError(OSError):
+    """The run folder cannot be written."""
+
+
+@contextmanager
+def naming_the_run(run: Path) -> Iterator[None]:
+    """Let what the system refuses be a `RunFolderError` that says what to do.
+
+    Files are replaced whole, so the last checkpoint is as it was.
+    """
+    try:
+        yield
+    except FileNotFoundError:  # the folder itself has gone, or an image to draw: its own words are clearer
+        raise
+    except OSError as error:
+        remedy = "Free space, set its permissions, or choose another --out; there is no checkpoint yet."
+        if (run / CHECKPOINT_FILE).exists():
+            remedy = (
+                "The last checkpoint is intact: free space or set the permissions, then go on with "
+                f"fastvae train --resume {run}"
+            )
+        raise RunFolderError(f"cannot write to the run folder {run}: {error}. {remedy}") from error
 
 
 def choose_run_folder(config: TrainConfig) -> Path:

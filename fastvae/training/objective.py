@@ -1,0 +1,182 @@
+"""What a run minimises: a model and its loss as one module, so that both are trained, averaged and saved alike."""
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+import fastvae
+from fastvae import schedules
+from fastvae.likelihoods import L1, L2, Bernoulli, BernoulliProbs, Gaussian, Likelihood, Scaled, resolve
+from fastvae.models import VAE
+from fastvae.models.vae import VAEOutput
+from fastvae.regularizers import Capacity, FreeBits
+
+from .checkpoint import CHECKPOINT_FILE, load_part
+from .config import TrainConfig
+from .objective_options import loss_options
+
+
+class Objective(nn.Module):
+    """A model and the loss that it is trained with.
+
+    Args:
+        model: The model; it decodes to logits if the likelihood wants logits or probabilities.
+        criterion: The loss, which returns terms, as nats per image (of the likelihood); the negative ELBO with "l2" if
+            None.
+        logvar_clamp: Bounds of the posterior's log variance.
+        beta_unit: What a beta of 1 is in the loss; not 1 where the loss is a sum over the batch or a mean of elements.
+    """
+
+    def __init__(
+        self,
+        model: VAE,
+        criterion: fastvae.VAELoss | None = None,
+        *,
+        logvar_clamp: tuple[float, float] | None = None,
+        beta_unit: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.criterion = criterion if criterion is not None else fastvae.VAELoss(return_terms=True)
+        self.logvar_clamp = logvar_clamp
+        self.beta_unit = beta_unit
+
+    @classmethod
+    def of(cls, config: TrainConfig, model: VAE, *, batch_size: int, total_steps: int) -> "Objective":
+        """The objective of a run."""
+        options = loss_options(config)
+        reduction = options.pop("reduction", "batchmean")
+        recon_reduction = options.pop("recon_reduction", reduction)
+        kl_reduction = options.pop("kl_reduction", reduction)
+        clamp = options.pop("logvar_clamp", None)
+        # the other reductions are weights on the terms per image, which so keep their unit in the logs
+        n_pixels, n_latents = math.prod(model.config.image_shape), math.prod(model.config.latent_shape)
+        beta_unit = _unit(kl_reduction, batch_size, n_latents)
+        beta = _beta(config, options.pop("beta", 1.0), beta_unit, total_steps)
+        recon_weight = options.pop("recon_weight", 1.0) * _unit(recon_reduction, batch_size, n_pixels)
+        free_bits = None if config.free_bits is None else FreeBits(config.free_bits, config.free_bits_mode)
+        criterion = fastvae.VAELoss(
+            beta,
+            return_terms=True,
+            recon_weight=recon_weight,
+            free_bits=free_bits,
+            capacity=_capacity(config),
+            logvar_clamp=clamp if _by_dimension(free_bits) else None,
+            **options,
+        )
+        return cls(model, criterion, logvar_clamp=clamp, beta_unit=beta_unit)
+
+    @classmethod
+    def of_run(cls, run: Path, model: VAE) -> "Objective":
+        """`model`, which a run exported, with the run's likelihood, learned scale and clamp; weight of the KL is 1.
+
+        Raises:
+            FileNotFoundError: a learned scale is asked of a run that has no checkpoint any more.
+            ValueError: the run's config or its checkpoint cannot be read.
+        """
+        config = TrainConfig.from_run(run)
+        options = loss_options(config)
+        criterion = fastvae.VAELoss(likelihood=options.get("likelihood", "l2"), return_terms=True)
+        own = criterion.state_dict()
+        if own:
+            part, prefix = ("ema", "module.criterion.") if config.ema else ("criterion", "")
+            saved = load_part(run / CHECKPOINT_FILE, part)
+            criterion.load_state_dict({name: saved[prefix + name] for name in own})
+        device = next(model.parameters()).device
+        return cls(model, criterion.to(device), logvar_clamp=options.get("logvar_clamp"))
+
+    @property
+    def likelihood(self) -> Likelihood:
+        return resolve(self.criterion.likelihood)
+
+    @property
+    def decodes_logits(self) -> bool:
+        return wants_logits(self.likelihood)
+
+    def forward(
+        self, images: Tensor, *, seed: int | None = None, offset: int = 0
+    ) -> tuple[VAEOutput, fastvae.VAELossTerms]:
+        """Run the model on images, with the noise of torch's default generator or of `seed`, and take the loss."""
+        out = self.run_model(images, seed, offset)
+        if isinstance(self.likelihood, BernoulliProbs):
+            out = out._replace(recon=out.recon.float().sigmoid())  # 16 bits have no probability between 0.998 and 1
+        if _by_dimension(self.criterion.free_bits):  # which the KL of a whole image does not tell
+            return out, self.criterion(out.recon, images, out.mu, out.logvar)
+        return out, self.criterion(out.recon, images, kl=out.kl)
+
+    def run_model(self, images: Tensor, seed: int | None, offset: int) -> VAEOutput:
+        if self.logvar_clamp is None:
+            out: VAEOutput = self.model(images, seed=seed, offset=offset)
+            return out
+        mu, logvar = self.model.encode(images)
+        z, kl = fastvae.reparameterize_kl(mu, logvar, seed=seed, offset=offset, logvar_clamp=self.logvar_clamp)
+        return VAEOutput(self.model.decode(z), z, mu, logvar, kl)
+
+    def step(self) -> None:
+        """Bring the schedules to the next optimizer step, on the device."""
+        for module in self.criterion.modules():
+            if isinstance(module, schedules.Schedule):
+                module.step()
+
+    def beta_at(self, step: int) -> float:
+        """Beta after so many steps, computed on the host."""
+        beta = self.criterion.beta
+        return (beta.value_at(step) if isinstance(beta, schedules.Schedule) else float(beta)) / self.beta_unit
+
+    def learned_scale(self) -> Tensor | None:
+        """The likelihood's log scale (log variance of a Gaussian) if it is a parameter."""
+        return next(self.criterion.parameters(), None)
+
+
+def decode_to_images(objective: Objective) -> AbstractContextManager[Any]:
+    """Let the objective's model decode to probabilities where it decodes to logits: for good, or in a `with` block."""
+    if not objective.decodes_logits:
+        return nullcontext()
+    return objective.model.decoder.register_forward_hook(lambda module, inputs, logits: logits.sigmoid())
+
+
+def wants_logits(likelihood: Likelihood) -> bool:
+    """Whether a decoder for this likelihood has no bounds of its own, but a sigmoid after it."""
+    base = likelihood.base if isinstance(likelihood, Gaussian | Scaled) else likelihood
+    return isinstance(base, Bernoulli | BernoulliProbs) or (isinstance(base, L1 | L2) and base.from_logits)
+
+
+def _unit(reduction: str, batch_size: int, elements: int) -> float:
+    """What 1 nat per image is under a reduction."""
+    return {"batchmean": 1.0, "sum": float(batch_size), "mean": 1 / elements}[reduction]
+
+
+def _beta(config: TrainConfig, end: float, unit: float, total_steps: int) -> float | schedules.Schedule:
+    if config.beta_schedule == "constant":
+        return end * unit
+    start, end = config.beta_start * unit, end * unit
+    rest = max(1, total_steps - config.beta_delay)
+    if config.beta_schedule == "cyclical":
+        return schedules.Cyclical(
+            start,
+            end,
+            config.beta_steps or rest,
+            config.beta_cycles,
+            config.beta_ratio,
+            config.beta_shape,
+            zero_ratio=config.beta_zero_ratio,
+            delay=config.beta_delay,
+        )
+    ramps = {"linear": schedules.Linear, "cosine": schedules.Cosine, "sigmoid": schedules.Sigmoid}
+    steps = config.beta_steps or max(1, total_steps // 2)
+    return ramps[config.beta_schedule](start, end, steps, delay=config.beta_delay)
+
+
+def _capacity(config: TrainConfig) -> Capacity | None:
+    if config.capacity is None:
+        return None
+    if config.capacity_steps == 0:
+        return Capacity(config.capacity, config.capacity_mode)
+    return Capacity(schedules.Linear(0.0, config.capacity, config.capacity_steps), config.capacity_mode)  # type: ignore[arg-type]
+
+
+def _by_dimension(free_bits: FreeBits | None) -> bool:
+    return free_bits is not None and free_bits.mode != "sample"
