@@ -1,8 +1,8 @@
-"""The reconstruction term alone, and the whole loss: sampling, reconstruction and KL, with the gradients of all."""
+"""The whole loss: sampling, reconstruction and KL, with the gradients of all."""
 
 import pytest
 
-OPS = ("recon", "whole")
+OPS = ("whole",)
 
 
 @pytest.mark.usefixtures("contend_op")

@@ -1,8 +1,8 @@
-"""Sampling z and measuring its KL: (mu, logvar) -> (z, kl), noise drawn inside."""
+"""Sampling z and measuring its KL, noise drawn inside: (mu, logvar) -> (z, kl), and the same of packed moments."""
 
 import pytest
 
-OPS = ("sample",)
+OPS = ("sample", "moments")
 
 
 @pytest.mark.usefixtures("contend_op")

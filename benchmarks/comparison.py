@@ -8,9 +8,11 @@ import torch
 
 import fastvae
 
+from .cases import Case
+from .footprint import peak_mib
 from .measure import Call, Ratio, Timings, clock_of, interleave
-
-OURS = "fastvae"
+from .peers import OURS as OURS
+from .peers import OURS_IN_PLACE
 
 
 @dataclass(frozen=True)
@@ -19,8 +21,9 @@ class Contest:
 
     name: str
     calls: dict[str, Call]
-    verify: Callable[[Any], None]  # raises truth.WrongResult
-    moved_bytes: int | None = None
+    verify: Callable[[str, Any], None]  # provider, its result; raises truth.WrongResult
+    case: Case | None = None
+    yardsticks: dict[str, Call] = field(default_factory=dict)  # timed with the others, not judged
 
 
 @dataclass
@@ -29,29 +32,35 @@ class Comparison:
     moved_bytes: int | None = None
     failed: dict[str, Exception] = field(default_factory=dict)  # wrong, or did not run
     timings: Timings = field(default_factory=lambda: Timings({}))
+    peak_mib: dict[str, float] = field(default_factory=dict)
+    case: Case | None = None
 
     def fail(self, provider: str) -> None:
         raise self.failed[provider]
 
-    def ratios(self) -> dict[str, Ratio]:
-        """Each peer's time over fastvae's."""
+    def ratios(self, ours: str = OURS) -> dict[str, Ratio]:
+        """Each peer's time over that of `ours`."""
         seconds = self.timings.seconds
-        return {peer: self.timings.ratio(peer, OURS) for peer in seconds if peer != OURS and OURS in seconds}
+        peers = [name for name in seconds if name not in (OURS, OURS_IN_PLACE)]
+        return {peer: self.timings.ratio(peer, ours) for peer in peers if ours in seconds}
 
 
-def compare(contest: Contest, device: torch.device, seconds: float) -> Comparison:
-    """Check every provider, then time those that are right."""
-    result = Comparison(contest.name, contest.moved_bytes)
+def compare(contest: Contest, device: torch.device, seconds: float, threads: int = 1) -> Comparison:
+    """Check every provider, then time those that are right, then see what memory they need."""
+    case = contest.case
+    result = Comparison(contest.name, case.moved_bytes if case else None, case=case)
     right = {}
     # interpreted kernels prove and do not race: on a CPU the fallback is what users get
     with fastvae.use_backend("auto"):
         for name, call in contest.calls.items():
             try:
-                contest.verify(call(0))
+                contest.verify(name, call(0))
                 right[name] = call
             except Exception as error:  # one provider's trouble is its own: the others are timed all the same
                 result.failed[name] = error.with_traceback(None)  # whose frames hold tensors
-        result.timings = interleave(right, clock_of(device), seconds=seconds)
+        timed = right | contest.yardsticks
+        result.timings = interleave(timed, clock_of(device, threads), seconds=seconds, threads=threads)
+        result.peak_mib = {name: peak_mib(call, device) for name, call in right.items()}
     return result
 
 
@@ -75,25 +84,3 @@ class RecordedClock:
 
 
 RECORDED = RecordedClock()
-
-
-def table(comparisons: list[Comparison]) -> list[str]:
-    """Lines of a table: fastvae's time, and how many times as long each peer took, with quartiles."""
-    peers = list(dict.fromkeys(peer for c in comparisons for peer in c.ratios()))
-    rows = [["case", OURS, *peers]]
-    for c in comparisons:
-        ratios = c.ratios()
-        if ratios:
-            cells = (f"{r.median:.2f}x ({r.low:.2f}-{r.high:.2f})" if (r := ratios.get(p)) else "-" for p in peers)
-            rows.append([c.name, _duration(c.timings.median(OURS)), *cells])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    for peer in peers:
-        medians = [(r.median, c.name) for c in comparisons if (r := c.ratios().get(peer))]
-        (best, at_best), (worst, at_worst) = max(medians), min(medians)
-        lines.append(f"against {peer}: best {best:.2f}x ({at_best}), worst {worst:.2f}x ({at_worst})")
-    return lines
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} us"

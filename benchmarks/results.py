@@ -61,14 +61,22 @@ class Results:
         lines += [f"- {key}: {value}" for key, value in self.content["environment"].items()]
         for part, cases in self.content["parts"].items():
             columns = list(dict.fromkeys(key for figures in cases.values() for key in figures))
-            lines += ["", f"## {part}", "", _row(["case", *columns]), _row(["---"] * (1 + len(columns)))]
-            lines += [_row([case, *(_cell(figures.get(c)) for c in columns)]) for case, figures in cases.items()]
+            lines += [
+                "",
+                f"## {part}",
+                "",
+                markdown_row(["case", *columns]),
+                markdown_row(["---"] * (1 + len(columns))),
+            ]
+            lines += [
+                markdown_row([case, *(_cell(figures.get(c)) for c in columns)]) for case, figures in cases.items()
+            ]
         path = self.path.with_suffix(".md")
         write_atomically(path, "\n".join(lines) + "\n")
         return path
 
 
-def _row(cells: list[str]) -> str:
+def markdown_row(cells: list[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
 

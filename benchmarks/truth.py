@@ -28,23 +28,29 @@ def check(trial: Trial, result: Result) -> None:
     case, inputs = trial.case, trial.inputs[0]
     outputs, gradients = result
     batch = case.shape.image[0]
-    dloss = 1.0 if case.op == "sample" else case.upstream
+    has_images = case.op in ("recon", "whole")
+    dloss = case.upstream if has_images else 1.0
     loss = torch.zeros((), dtype=torch.float64, device=trial.device)
     with torch.no_grad():
-        if case.op != "sample":
+        if has_images:
             recon, target = inputs[:2]
             loss += _squared_error(recon, target) / batch
             if gradients is not None:
                 _check_image_gradient(gradients[0], recon, target, 2 * dloss / batch)
         if case.op != "recon":
-            mu, logvar = inputs[-2:]
-            z = outputs[0] if case.op == "sample" else outputs[1]
-            kl = _check_latents(mu, logvar, z, (gradients or ())[-2:], trial.dz, dloss / mu.shape[0])
+            mu, logvar = _halves(*inputs[-2:])
+            z = outputs[1] if has_images else outputs[0]
+            kl = _check_latents(mu, logvar, z, _halves(*(gradients or ())[-2:]), trial.dz, dloss / mu.shape[0])
             loss += kl.mean()
-        if case.op == "sample":
-            _near("kl", outputs[1], kl, kl.max(), _tolerance(*inputs))
-        else:
+        if has_images:
             _near("loss", outputs[0], loss, loss, _tolerance(*inputs))
+        else:
+            _near("kl", outputs[1], kl, kl.max(), _tolerance(*inputs))
+
+
+def _halves(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Two tensors, or one taken apart."""
+    return tensors[0].chunk(2, dim=1) if len(tensors) == 1 else tensors
 
 
 def _tolerance(*tensors: Tensor) -> float:
