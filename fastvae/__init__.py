@@ -16,6 +16,7 @@ from .functional import reparameterize as reparameterize
 from .functional import reparameterize_kl as reparameterize_kl
 from .functional import vae_loss as vae_loss
 from .loss import VAELoss as VAELoss
+from .noise_state import NoiseState as NoiseState
 from .statistics import LatentStats as LatentStats
 from .statistics import latent_stats as latent_stats
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import fastvae
+from fastvae.likelihoods import Gaussian
 from fastvae.statistics import latent_stats
-from tests.support.kernel_cases import CASES, STATS, Case
+from tests.support.kernel_cases import CASES, OPTIONS, STATS, SURFACE, TOGETHER, Case
 from tests.support.meter import Meter
 from tests.support.vast import last_programs, promised
 
@@ -35,16 +36,27 @@ def metered(case, **options):
     return forward, backward, (*step.outputs, *gradients)
 
 
-LOSSES = [case for case in CASES if case.op == "loss"]
-SCALED = [replace(case, upstream=upstream) for case in LOSSES for upstream in (3.0, 65536.0)]
+SCALED = [
+    *(replace(case, upstream=upstream) for case in CASES if case.op == "loss" for upstream in (3.0, 65536.0)),
+    # a float32 gradient is always rescaled, whatever the likelihood was
+    *(replace(c, upstream=3.0) for c in SURFACE if c.op == "loss" and (c.dtype == BF16 or "weight" in c.options)),
+    *(replace(Case("loss", F32), upstream=3.0, options=(option,)) for option in ("gaussian", "mask", "target")),
+    Case("loss", BF16, upstream=65536.0, options=("weight",)),
+    Case("loss", BF16, upstream=65536.0, options=("gaussian",)),
+    Case("whole_loss", BF16, U8, upstream=3.0, options=TOGETHER),
+]
 
 
-@pytest.mark.parametrize("case", [*CASES, *SCALED], ids=str)
-def test_every_byte_is_moved_once(case):
+@pytest.mark.parametrize("case", [*CASES, *SURFACE, *SCALED], ids=str)
+def test_every_byte_is_moved_once_in_few_launches(case):
     forward, backward, _ = metered(case)
+    ops = 2 if "dim_batch" in case.options else 1  # images by samples, latents by dimensions
+    assert len(forward.launches) <= 2 * ops, forward.table()
+    assert len(backward.launches) <= ops, backward.table()
+    numbers = 512 if ops == 1 else 32 * sum(case.shape)
     for meter, floor in ((forward, case.forward_floor), (backward, case.backward_floor)):
         # partial sums, a number per sample and upstream gradients are within the hundredth
-        slack = max(0.01 * floor.total * case.n_elements, 512)
+        slack = max(0.01 * floor.total * case.n_elements, numbers)
         assert abs(meter.loaded - floor.read * case.n_elements) <= slack, meter.table()
         assert abs(meter.stored - floor.written * case.n_elements) <= slack, meter.table()
         for launch in meter.launches:
@@ -68,6 +80,14 @@ def test_every_byte_is_moved_once(case):
         (Case("loss", BF16, F32), 8, 0),
         (Case("loss", torch.float16), 4, 6),
         (Case("whole_loss", F32), 12 + 8, 16),
+        (Case("loss", F32, options=("gaussian",)), 20, 0),
+        (Case("loss", F32, upstream=3, options=("gaussian",)), 20, 16),
+        (Case("loss", BF16, U8, options=("mask",)), 6, 0),
+        (Case("loss", BF16, options=("weight",)), 6, 0),
+        (Case("loss", BF16, upstream=3, options=("weight",)), 6, 6),
+        (Case("loss", F32, options=("target",)), 8, 16),
+        (Case("kl", F32, options=("prior",)), 16, 32),
+        (Case("whole_loss", F32, options=("dim_batch",)), 12 + 8, 16),
     ],
     ids=str,
 )
@@ -121,6 +141,8 @@ def test_sampling_is_two_launches_at_most_and_one_back(shape):
         Case("loss", F32, shape=(65, 32)),
         Case("whole_loss", F32, shape=(2, 2051)),
         Case("stats", F32, shape=(600, 40)),
+        Case("whole_loss", F32, shape=(2, 2051), upstream=3.0, options=TOGETHER),
+        Case("whole_loss", BF16, shape=(65, 40), options=("bernoulli", "prior", "dim_batch")),
     ],
     ids=str,
 )
@@ -129,6 +151,21 @@ def test_bits_do_not_depend_on_the_order_of_programs(case):
     for order in ("reverse", 1, 2):
         *_, actual = metered(case, order=order)
         assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True)), order
+
+
+@pytest.mark.parametrize("upstream", [1.0, 3.0])
+@pytest.mark.parametrize(
+    "options", [*((option,) for option in OPTIONS if option != "shifted"), TOGETHER], ids=lambda names: "-".join(names)
+)
+def test_every_option_is_right_within_bounds(options, upstream):
+    """Bounds, races and poisoned lanes by the meter, in tiles that are cut off; numbers by the other backend."""
+    case = Case("whole_loss", F32, shape=(5, 301), upstream=upstream, latent_cols=19, options=options)
+    *_, actual = metered(case)
+    with fastvae.use_backend("torch"):
+        step = case.forward()
+        expected = (*step.outputs, *case.backward(step))
+    for x, y in zip(actual, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=5e-6, atol=5e-6)
 
 
 @pytest.mark.parametrize("n_cols", [7, 300, 2500])
@@ -172,33 +209,43 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("op", ["sample_kl", "kl", "stats", "loss", "loss of samples"])
+@pytest.mark.parametrize(
+    "op", ["sample_kl", "kl", "kl to a prior", "stats", "loss", "loss of samples", "weighed, scaled and masked loss"]
+)
 def test_any_layout_is_read_in_place_and_within_bounds(layout, op):
     """Bounds, races and poisoned lanes by the meter; elements that went elsewhere by the other backend."""
-    a, b = (t.detach().requires_grad_() for t in LAYOUTS[layout]())
-    copies = [t.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for t in (a, b)]
+    tensors = [t.detach().requires_grad_() for _ in range(2) for t in LAYOUTS[layout]()]
+    copies = [t.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for t in tensors]
 
-    def step(a, b):
+    def step(a, b, c, d):
         draw = torch.Generator().manual_seed(2)
+        inputs = a, b
         if op == "stats":
             return latent_stats(a, b, logvar_clamp=(-2.0, 2.0))
         if op == "sample_kl":
             outputs = fastvae.reparameterize_kl(a, b, seed=3, logvar_clamp=(-2.0, 2.0))
         elif op == "kl":
             outputs = (fastvae.gaussian_kl(a, b),)
+        elif op == "kl to a prior":
+            inputs, outputs = (a, b, c, d), (fastvae.gaussian_kl(a, b, prior=(c, d)),)
+        elif op == "weighed, scaled and masked loss":
+            weight = torch.rand(a.shape[0], generator=draw)
+            mask = torch.rand(a.shape[-1:], generator=draw) > 0.3
+            options = {"likelihood": Gaussian(c), "mask": mask, "weight": weight}
+            inputs, outputs = (a, c), (fastvae.reconstruction_loss(a, b.detach(), **options),)
         else:
             reduction = "sum" if op == "loss" else "none"
             kl = torch.rand(a.shape[0], generator=draw)
             outputs = fastvae.vae_loss(a, b, kl=kl, recon_weight=torch.tensor(3.0), reduction=reduction)[:2]
         upstream = [torch.rand(output.shape, generator=draw) for output in outputs]
-        return *outputs, *torch.autograd.grad(outputs, (a, b), upstream)
+        return *outputs, *torch.autograd.grad(outputs, inputs, upstream)
 
     with Meter() as meter:
-        actual = step(a, b)
+        actual = step(*tensors)
     assert meter.launches
     for launch in meter.launches:
         for traffic in launch.traffic.values():
-            if traffic.distinct_loaded >= 2 * a.numel() and "expanded" not in layout:
+            if traffic.distinct_loaded >= 2 * tensors[0].numel() and "expanded" not in layout:
                 assert traffic.loaded == traffic.distinct_loaded, meter.table()
     with fastvae.use_backend("torch"):
         expected = step(*copies)
