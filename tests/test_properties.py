@@ -393,10 +393,20 @@ def check_loss(p):
         assert (gradient is None) == (value is None), name
         if gradient is not None:
             assert gradient.dtype == tensors.given[name].dtype
-            # an option's gradient is a sum as long as the loss
-            size = value.abs().max() + (0.0 if name in ("recon", "target", "mu", "logvar", "kl") else sizes(p)[0])
+            size = value.abs().max() + term_of(p, name)
             # a second derivative's graph rounds where it branches
             assert_close(gradient, value, tensors.exact, size=size, roundings=3 if p.create_graph else 1)
+
+
+def term_of(p, name):
+    """About the size of what a gradient is the sum of; an option's sum is as long as the loss."""
+    if name in ("recon", "target"):
+        reduction, n = p.recon_reduction, p.batch * math.prod(p.image)
+    elif name in ("mu", "logvar", "kl"):
+        reduction, n = p.kl_reduction, p.batch * math.prod(p.latent)
+    else:
+        return sizes(p)[0]
+    return 4 / {"mean": n, "batchmean": p.batch}.get(reduction, 1)
 
 
 def of(outputs, inputs, upstream, *, create_graph=False):
