@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounter
 import fastvae
 from fastvae.noise_state import NoiseState
 
-from .test_autograd import attempt, known_defect
+from .test_autograd import attempt
 
 # the first outputs of splitmix64.c for two states
 KNOWN = {
@@ -131,9 +131,8 @@ def test_advances_inside_a_compiled_region():
     assert counter.frame_count == 1
 
 
-def test_advancing_before_backward_never_gives_a_wrong_gradient(backend, request):
+def test_advancing_before_backward_never_gives_a_wrong_gradient(backend):
     """Where the backward pass draws the noise again it must not draw another step's: right, or autograd's error."""
-    known_defect(request, backend == "triton", "the noise is drawn again from a seed tensor that is not saved")
     mu, logvar, state = torch.zeros(2, 5), torch.zeros(2, 5, requires_grad=True), NoiseState(0)
     z = fastvae.reparameterize(mu, logvar, seed=state.seed)
     state.advance()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import fastvae
-from fastvae.likelihoods import L1, L2, Gaussian, Huber, Scaled
+from fastvae.likelihoods import L1, L2, Gaussian, Scaled
 from fastvae.regularizers import FreeBits
 from fastvae.statistics import latent_stats
 
@@ -27,7 +27,6 @@ ALIGNED, ODD = (2, 6272), (3, 4181)  # several tiles, the last one cut off
 ODD_BATCH = (3, 6272)  # rows stay aligned
 SHORT_ROWS = (393, 32)  # several samples share a tile
 SEVERAL_TILES = (64, 2**20)  # one program takes several tiles
-SQUARE = (256, 256)  # rows and columns alike are long enough for numbers of a row, or of a column, to weigh nothing
 # for statistics of columns: ranges of rows that are merged, the last one cut off; a single range
 RANGES, ODD_RANGES, ONE_RANGE = (1024, 64), (1031, 37), (64, 512)
 HUGE = (3, 2**30)  # more than 2^31 elements
@@ -50,7 +49,7 @@ class Option(NamedTuple):
 
 OPTIONS = {
     "l1": Option(partial(dict, likelihood="l1")),
-    "huber": Option(partial(dict, likelihood=Huber(0.3))),
+    "huber": Option(partial(dict, likelihood="huber")),
     "log_cosh": Option(partial(dict, likelihood="log_cosh")),
     "bernoulli": Option(partial(dict, likelihood="bernoulli")),
     "bernoulli_probs": Option(partial(dict, likelihood="bernoulli_probs")),
@@ -64,10 +63,9 @@ OPTIONS = {
     "weight": Option(lambda weight: {"weight": weight}, ("sample",)),
     "target": Option(dict),  # wants a gradient
     "prior": Option(lambda mu, logvar: {"prior": (mu, logvar)}, ("latent", "latent")),
-    **{mode: Option(partial(dict, free_bits=FreeBits(0.25, mode))) for mode in ("dim", "dim_mask", "dim_batch")},
+    **{mode: Option(partial(dict, free_bits=FreeBits(0.1, mode))) for mode in ("dim", "dim_mask", "dim_batch")},
 }
-TRANSCENDENTAL = ("log_cosh", "bernoulli", "bernoulli_probs")
-LIKELIHOODS = ("l1", "huber", *TRANSCENDENTAL, "l2_of_logits", "l1_of_logits")
+LIKELIHOODS = ("l1", "huber", "log_cosh", "bernoulli", "bernoulli_probs", "l2_of_logits", "l1_of_logits")
 
 
 class Floor(NamedTuple):
@@ -206,8 +204,7 @@ class Case:
             "latent": lambda: tensor(latents, self.dtype),
             "sample": lambda: tensor(self.shape[:1], wide, leaf=False),
         }
-        more: list[Tensor] = []
-        arguments: dict[str, Any] = {}
+        more, arguments = [], {}
         for option in map(OPTIONS.__getitem__, self.options):
             made = [planes[plane]() for plane in option.planes]
             arguments |= option.arguments(*made)
@@ -247,25 +244,6 @@ CONTIGUOUS = [
     Case("whole_loss", *MIXED[0]),
 ]
 CASES = [*CONTIGUOUS, *(replace(case, shape=ODD) for case in CONTIGUOUS)]
-# each option of the loss by itself, and many together
-TOGETHER = ("gaussian", "mask", "weight", "prior", "dim")
-SURFACE = [
-    *(Case("loss", torch.bfloat16, options=(name,)) for name in LIKELIHOODS),
-    *(Case("loss", torch.float32, options=(name,)) for name in TRANSCENDENTAL),
-    *(Case("loss", torch.float64, options=(name,)) for name in (*TRANSCENDENTAL, "huber", "l2_of_logits")),
-    *(Case("loss", dtype, options=(name,)) for name in ("gaussian", "weight") for dtype in FLOATS),
-    *(Case("loss", dtype, options=("mask",)) for dtype in FLOATS[:2]),
-    *(Case("loss", *MIXED[0], options=(name,)) for name in ("mask", "shifted")),
-    *(Case("loss", torch.float32, options=(name,)) for name in ("scaled_l1", "target")),
-    Case("loss", torch.float16, options=("bernoulli",)),
-    *(Case("kl", dtype, options=("prior",)) for dtype in FLOATS[:2]),
-    Case("kl", torch.float64, options=("prior",), clamp=True),
-    *(Case("whole_loss", dtype, options=("dim",)) for dtype in (*FLOATS[:2], torch.float64)),
-    Case("whole_loss", torch.float32, options=("dim_mask",)),
-    *(Case("whole_loss", dtype, shape=SQUARE, options=("dim_batch",)) for dtype in FLOATS[:2]),
-    *(Case("whole_loss", dtype, clamp=True, options=TOGETHER) for dtype in FLOATS[:2]),
-    Case("whole_loss", *MIXED[0], clamp=True, options=TOGETHER),
-]
 STATS = [Case("stats", dtype, shape=shape) for shape in (RANGES, ODD_RANGES, ONE_RANGE) for dtype in FLOATS]
 
 
