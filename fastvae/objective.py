@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import reference
 from ._options import ElboOptions, ElboTensors
@@ -112,6 +113,8 @@ def _by_sample(
         return VAELossTerms(recon_weight * recon, recon, torch.zeros_like(recon))
     if by_dimension:
         kl, regularised = _kl_by_dimension(latents)
+        dtype = torch.promote_types(recon.dtype, kl.dtype)  # two ops, one dtype
+        recon, kl, regularised = recon.to(dtype), kl.to(dtype), regularised.to(dtype)
     else:
         kl, regularised = _kl_term(latents, kl_rows, kl_rows if raised is None else raised)
     return VAELossTerms(recon_weight * recon + beta * regularised, recon, kl)
@@ -132,7 +135,7 @@ def _extra(images: Images, scale: Scale, share: Weight, count: Weight) -> Tensor
     shrinks = torch.exp(-scale.by_element.to(reference.compute_dtype(scale.by_element)))
     if images.mask is not None:
         shrinks = torch.where(images.mask, shrinks, torch.zeros_like(shrinks))
-    return (share * scale.share) * (reference.per_sample(shrinks) * images.extra)
+    return (share * (scale.share / scale.folded)) * (reference.per_sample(shrinks) * images.extra)
 
 
 def _selected(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -185,7 +188,7 @@ def _op(tensors: ElboTensors, options: ElboOptions) -> tuple[Tensor, Tensor, Ten
     if torch.compiler.is_compiling():  # the compiler fuses the plain formula with its neighbours
         return reference.elbo(tensors, options)
     tensors = ElboTensors(*(t if t is None else readable(t) for t in tensors))
-    if not torch.is_grad_enabled():  # no node of a graph is needed
+    if not torch.is_grad_enabled() and forward_ad._current_level < 0:  # no node of a graph is needed
         like = next(t for t in tensors if t is not None)
         terms: tuple[Tensor, Tensor, Tensor, Tensor | None]
         terms = room_of(like).elbo_fwd(tensors, ElboTensors(), options)[:4]

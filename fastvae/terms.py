@@ -95,6 +95,7 @@ class Scale(NamedTuple):
     constant: Weight = 0.0
     by_element: Tensor | None = None  # log scale of each element; the op sees to it
     optimal: bool = False
+    folded: float = 1.0  # factor that `by_element` holds
 
     @classmethod
     def of(cls, images: Images) -> "Scale":
@@ -125,7 +126,7 @@ class Scale(NamedTuple):
             log_scale = log_scale - math.log(factor)
             constant += share * math.log(factor)
         by_element = _checks.expanded("the likelihood's scale", log_scale, "recon", recon)
-        return cls(1.0, share, share, constant, by_element)
+        return cls(1.0, share, share, constant, by_element, folded=factor)
 
     def at_best(self, images: Images, errors: Tensor, count: Weight) -> "Scale":
         """With the scale that makes the term smallest, log of the mean error."""

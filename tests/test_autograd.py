@@ -17,27 +17,6 @@ from . import oracle
 F64 = torch.float64
 IMAGE, LATENT = (4, 3, 5), (4, 6)
 
-# what these tests found and is not mended yet
-KNOWN_DEFECTS = {
-    "test_upstream_gradients_of_any_strides[triton-negated later]",
-    "test_what_changes_between_the_passes_never_gives_a_wrong_gradient[triton-seed-plain]",
-    "test_what_changes_between_the_passes_never_gives_a_wrong_gradient[triton-seed-create_graph]",
-    "test_outputs_may_be_changed_in_place[triton]",
-    "test_no_output_is_its_input[torch]",
-    "test_inputs_that_depend_on_each_other[torch-create_graph]",
-    "test_inputs_that_depend_on_each_other[triton-create_graph]",
-    "test_one_tensor_in_two_places[torch-create_graph]",
-    "test_one_tensor_in_two_places[triton-create_graph]",
-    "test_a_transform_is_right_or_refused[triton-kl-forward mode-no_grad]",
-    "test_a_transform_is_right_or_refused[triton-loss-forward mode-no_grad]",
-}
-
-
-@pytest.fixture(autouse=True)
-def _known_defects(request):
-    if request.node.name in KNOWN_DEFECTS:
-        request.node.add_marker(pytest.mark.xfail(reason="a known defect of the ops", strict=True))
-
 
 def leaves(dtype=torch.float32):
     """recon, target, mu, logvar."""
@@ -80,12 +59,6 @@ def attempt(call):
         return None, str(error)
 
 
-def known_defect(request, present, reason):
-    """Fails today, for this reason, if `present`."""
-    if present:
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
-
-
 def negated_by_torch_later(t):
     return torch.complex(torch.zeros_like(t), -t).conj().imag
 
@@ -100,9 +73,7 @@ STRIDES = {
 
 
 @pytest.mark.parametrize("view", STRIDES.values(), ids=STRIDES)
-def test_upstream_gradients_of_any_strides(backend, view, request):
-    late = view is negated_by_torch_later and backend == "triton"
-    known_defect(request, late, "the kernels read an upstream gradient without the negation that torch put off")
+def test_upstream_gradients_of_any_strides(backend, view):
     recon, target, mu, logvar = leaves(F64)
     asked = (recon, mu, logvar)
     z, sampled_kl = fastvae.reparameterize_kl(mu, logvar, seed=1)
@@ -132,10 +103,8 @@ CHANGED = {
 
 @pytest.mark.parametrize("create_graph", [False, True], ids=["plain", "create_graph"])
 @pytest.mark.parametrize("changed", CHANGED)
-def test_what_changes_between_the_passes_never_gives_a_wrong_gradient(backend, changed, create_graph, request):
+def test_what_changes_between_the_passes_never_gives_a_wrong_gradient(backend, changed, create_graph):
     """Right, or autograd's error; textbook code has no other outcome."""
-    again = changed == "seed" and backend == "triton"
-    known_defect(request, again, "the noise is drawn again from a seed tensor that is not saved for backward")
     recon, target, mu, logvar = leaves(F64)
     t = {"recon": recon, "target": target, "mu": mu, "logvar": logvar, "mask": torch.rand(IMAGE) > 0.3}
     t |= {"prior": tuple(torch.randn(2, *LATENT, dtype=F64)), "scale": torch.randn(IMAGE, dtype=F64)}
@@ -160,9 +129,8 @@ def test_what_changes_between_the_passes_never_gives_a_wrong_gradient(backend, c
         torch.testing.assert_close(found, expected)
 
 
-def test_outputs_may_be_changed_in_place(backend, request):
+def test_outputs_may_be_changed_in_place(backend):
     """`loss /= k`, `kl *= beta`: what backward needs is not in them, and they share memory with nothing."""
-    known_defect(request, backend == "triton", "the kl of the kernels is a view of its partial sums")
     inputs = leaves()
     recon, target, mu, logvar = inputs
     z, kl = fastvae.reparameterize_kl(mu, logvar, seed=1)
@@ -176,8 +144,7 @@ def test_outputs_may_be_changed_in_place(backend, request):
     assert_right(torch.autograd.grad(2 * loss + (z / 2).pow(3).sum(), differentiable(inputs)), inputs)
 
 
-def test_no_output_is_its_input(backend, request):
-    known_defect(request, backend == "torch", 'the kl of a "none" reduction is the kl that was passed')
+def test_no_output_is_its_input(backend):
     recon, target, _, _ = leaves()
     kl = torch.rand(4)
     with torch.no_grad():
@@ -365,9 +332,8 @@ def true_whole_step(mu, logvar, weight, target):
 
 
 @pytest.mark.parametrize("create_graph", [False, True], ids=["plain", "create_graph"])
-def test_inputs_that_depend_on_each_other(backend, create_graph, request):
+def test_inputs_that_depend_on_each_other(backend, create_graph):
     """The gradient of each input is by itself alone: what reaches mu through recon comes by recon's own gradient."""
-    known_defect(request, create_graph, "under create_graph the way through another input counts twice")
     mu = torch.randn(LATENT, dtype=F64, requires_grad=True)
     weight, target = torch.randn(6, 15, dtype=F64, requires_grad=True), torch.rand(IMAGE, dtype=F64)
     found, expected = (
@@ -384,9 +350,8 @@ def test_inputs_that_depend_on_each_other(backend, create_graph, request):
 
 @pytest.mark.parametrize("create_graph", [False, True], ids=["plain", "create_graph"])
 @pytest.mark.parametrize("wanted", ["recon", "mu", "beta"])
-def test_terms_that_want_no_gradient(backend, wanted, create_graph, request):
+def test_terms_that_want_no_gradient(backend, wanted, create_graph):
     """Upstream gradients of all three terms, of which some depend on nothing that asks for a gradient."""
-    known_defect(request, create_graph, "under create_graph a term without gradient is an error")
     recon, target, mu, logvar = (x.detach() for x in leaves(F64))
     inputs = {"recon": recon, "mu": mu, "beta": torch.tensor(0.5, dtype=F64)}
     asked = inputs[wanted].requires_grad_()
@@ -396,9 +361,8 @@ def test_terms_that_want_no_gradient(backend, wanted, create_graph, request):
     torch.testing.assert_close(found.detach(), expected.detach())
 
 
-def test_inplace_next_to_a_scale_of_each_element(backend, request):
+def test_inplace_next_to_a_scale_of_each_element(backend):
     """The gradient by the scale needs the error, which recon's gradient overwrites."""
-    known_defect(request, backend == "torch", "the fallback takes the error of recon after it has been overwritten")
     recon, target, _, _ = leaves(F64)
     scale = torch.rand(IMAGE, dtype=F64, requires_grad=True)
     gradients = []
@@ -409,8 +373,7 @@ def test_inplace_next_to_a_scale_of_each_element(backend, request):
 
 
 @pytest.mark.parametrize("create_graph", [False, True], ids=["plain", "create_graph"])
-def test_one_tensor_in_two_places(backend, create_graph, request):
-    known_defect(request, create_graph, "under create_graph each place gets the gradient of both")
+def test_one_tensor_in_two_places(backend, create_graph):
     x = torch.randn(LATENT, dtype=F64, requires_grad=True)
     value = fastvae.gaussian_kl(x, x, reduction="sum")
     (gradient,) = torch.autograd.grad(value, x, create_graph=create_graph)
@@ -582,10 +545,8 @@ REFUSAL = re.compile("setup_context|jvp|Batch|vmap|TensorWrapper|forward AD")
     ids=lambda x: x if isinstance(x, str) else ("" if x else "no_grad"),
 )
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_a_transform_is_right_or_refused(backend, name, transform, grad_mode, request):
+def test_a_transform_is_right_or_refused(backend, name, transform, grad_mode):
     """What torch cannot do with a custom function it says; it must not compute something else."""
-    lost = backend == "triton" and transform == "forward mode" and not grad_mode and name != "sample"
-    known_defect(request, lost, "under no_grad the kernels drop a tangent")
     inputs = torch.randn(2, 2, 2, dtype=F64)
     function, truth = FUNCTIONS[name]
     if transform in ("func.vmap", "per-sample gradients") and name == "sample":

@@ -126,6 +126,46 @@ def test_graph_replay_draws_fresh_noise_and_equals_eager_calls():
     torch.testing.assert_close(outputs[2], -2 * case.target / 16)
 
 
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_graph_replays_with_a_noise_state_equal_eager_steps(name):
+    """100 steps of noise that lives on the device, from the same state: bit for bit."""
+    case = on_gpu(Case, (16, 3, 32, 32), (16, 257))
+    one, dz = torch.ones((), device=DEVICE), torch.randn(16, 257, device=DEVICE)
+    noise = fastvae.NoiseState(5).to(DEVICE)
+
+    def step():
+        z, kl = fastvae.reparameterize_kl(case.mu, case.logvar, seed=noise.seed)
+        loss = fastvae.vae_loss(case.recon, case.target, kl=kl).loss
+        outputs = z, loss, *torch.autograd.grad((loss, z), (case.recon, case.mu, case.logvar), (one, dz))
+        noise.advance()
+        return outputs
+
+    def run(once):
+        noise.load_state_dict(fastvae.NoiseState(5).state_dict())  # in place: the graph's own tensors
+        return [[t.detach().clone() for t in once()] for _ in range(100)]
+
+    with fastvae.use_backend(name):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+
+        def replay():
+            graph.replay()
+            return captured
+
+        replayed, called = run(replay), run(step)
+    for by_graph, by_call in zip(replayed, called, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(by_graph, by_call, strict=True))
+    assert len({float(z[0, 0]) for z, *_ in replayed}) > 90  # fresh noise at every step
+    assert noise.step == 100
+
+
 def test_on_a_stream_of_its_own():
     """A kernel on another stream would read what the sleeping stream has not yet written."""
     case = on_gpu(Case, (16, 3, 32, 32), (16, 257))

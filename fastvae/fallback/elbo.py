@@ -37,6 +37,7 @@ def elbo_fwd(
         kl, floored = kl_terms(tensors, options, dtype)
     if kl is not None:
         kl_term = _reduced(kl.to(dtype), options)
+        kl_term = kl_term.clone() if kl_term is tensors.kl else kl_term
         floored = None if floored is None else _reduced(floored, options)
     if recon_term is None or kl_term is None:
         only = recon_term if recon_term is not None else kl_term

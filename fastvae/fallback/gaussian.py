@@ -68,6 +68,7 @@ def kl_gradients(
         torch.mul(expm1, coefficient * 0.5, out=gradients.logvar)
         if options.logvar_clamp is not None:
             low, high = options.logvar_clamp
+            raw_logvar = raw_logvar.to(dtype)  # a comparison in 16 bits would round the bounds
             gradients.logvar.masked_fill_((raw_logvar < low) | (raw_logvar > high), 0)
     if gradients.prior_logvar is not None:
         torch.mul(torch.addcmul(expm1, mu, mu), coefficient * -0.5, out=gradients.prior_logvar)

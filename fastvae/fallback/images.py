@@ -159,10 +159,11 @@ def _write_gradients(piece: Images, coefficient: Coefficient, options: ErrorOpti
     recon, target = _values(piece, options, dtype)
     pair = PAIRS[options.name]
     shrink = None if piece.log_scale is None else torch.neg(piece.log_scale.to(dtype)).exp_()
+    # first, because drecon may take recon's memory
+    if piece.dlog_scale is not None and shrink is not None:
+        write(piece.dlog_scale, 1 - pair.error(recon, target, options.parameter) * shrink)
     if piece.drecon is not None or piece.dtarget is not None:
         by_recon, by_target = pair.gradient(recon, target, options.parameter)
         by_target = by_recon.neg() if by_target is None else by_target
         write(piece.drecon, by_recon if shrink is None else by_recon * shrink)
         write(piece.dtarget, by_target if shrink is None else by_target * shrink)
-    if piece.dlog_scale is not None and shrink is not None:
-        write(piece.dlog_scale, 1 - pair.error(recon, target, options.parameter) * shrink)

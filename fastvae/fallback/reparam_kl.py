@@ -59,6 +59,7 @@ def reparam_kl_bwd(
         spread, expm1 = saved[0], saved[1] if dkl is not None else None
         _combine(dz, spread, None if dkl is None else dkl * 0.5, expm1, 0.5, dlogvar)
         if logvar_clamp is not None:
+            logvar = logvar.to(dtype)  # a comparison in 16 bits would round the bounds
             dlogvar.masked_fill_((logvar < logvar_clamp[0]) | (logvar > logvar_clamp[1]), 0)
 
 

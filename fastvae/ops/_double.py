@@ -7,8 +7,19 @@ from torch import Tensor
 
 
 def with_memory(upstream: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """Autograd's zeros without memory (double backward of abs makes some) as tensors that a kernel can read."""
-    return tuple(torch.zeros_like(t) if t is not None and t._is_zerotensor() else t for t in upstream)
+    """Upstream gradients as a kernel can read them: no zeros without memory (double backward of abs makes some), no
+    negation that torch put off.
+    """
+    return tuple(t if t is None else torch.zeros_like(t) if t._is_zerotensor() else t.resolve_neg() for t in upstream)
+
+
+def apart(inputs: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Aliases, each with a place of its own in the graph.
+
+    The inputs of an op may depend on each other (a reconstruction on mu) or be one tensor: a gradient by one of them
+    must not contain the way through another, which autograd goes on its own.
+    """
+    return tuple(x if x is None else x.view_as(x) for x in inputs)
 
 
 def gradients_through(
@@ -19,8 +30,12 @@ def gradients_through(
 ) -> list[Tensor | None]:
     """d(outputs)/d(inputs) against the upstream gradients, as a graph of its own; None for each input not wanted."""
     pairs = zip(outputs, upstream, strict=True)
-    used = [(output, grad) for output, grad in pairs if output is not None and grad is not None]
+    used = [
+        (output, grad) for output, grad in pairs if output is not None and grad is not None and output.requires_grad
+    ]
     asked = [x for x, want in zip(inputs, wanted, strict=False) if want and x is not None]
+    if not used:
+        return [None] * len(inputs)
     found: tuple[Tensor | None, ...] = torch.autograd.grad(
         [output for output, _ in used], asked, [grad for _, grad in used], create_graph=True, allow_unused=True
     )

@@ -13,7 +13,7 @@ from .. import _backend, reference
 from .._checks import one_pass_is_right
 from .._options import ElboOptions, ElboTensors
 from . import _registered
-from ._double import gradients_through, with_memory
+from ._double import apart, gradients_through, with_memory
 
 _N_TENSORS = len(ElboTensors._fields)
 
@@ -70,6 +70,9 @@ class ElboFunction(torch.autograd.Function):
                 "Use inplace=False for retained graphs and second derivatives."
             )
         if torch.is_grad_enabled():  # create_graph=True: the kernels are not differentiable, the reference is
+            aliases = apart(inputs)
+            tensors, (beta, recon_weight) = ElboTensors(*aliases[:_N_TENSORS]), aliases[_N_TENSORS:]
+            inputs = (*tensors, beta, recon_weight)
             if beta is not None:
                 options = options._replace(beta=beta)
             if recon_weight is not None:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import _backend, reference
-from .._options import Clamp, Noise
-from ._double import gradients_through, with_memory
+from .._options import Clamp, Noise, PhiloxNoise
+from ._double import apart, gradients_through, with_memory
 
 
 class ReparamKLFunction(torch.autograd.Function):
@@ -36,22 +36,28 @@ class ReparamKLFunction(torch.autograd.Function):
         mu, logvar = _halves(mu, logvar, dim)
         z = torch.empty_like(mu, dtype=torch.promote_types(mu.dtype, logvar.dtype))
         kl, saved = ctx.room.reparam_kl_fwd(mu, logvar, noise, z, logvar_clamp, with_kl=with_kl)
-        ctx.save_for_backward(*inputs, *saved)
+        # saved, so that autograd finds a seed that has changed before the noise is drawn again
+        seed = noise.seed if isinstance(noise, PhiloxNoise) and isinstance(noise.seed, Tensor) else None
+        ctx.save_for_backward(*inputs, seed, *saved)
         return z, kl
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         dz, dkl = upstream = with_memory(upstream)
-        first, second, *saved = ctx.saved_tensors
+        first, second, seed, *saved = ctx.saved_tensors
+        noise = ctx.noise if seed is None else PhiloxNoise(seed, ctx.noise.offset)
         inputs, wanted = (first, second), ctx.needs_input_grad[:2]
+        if torch.is_grad_enabled():
+            first, second = apart(inputs)
+            inputs = (first, second)
         mu, logvar = _halves(*inputs, ctx.dim)
         if torch.is_grad_enabled():  # create_graph=True: the kernels are not differentiable, the reference is
-            spread = ctx.room.spread(mu, logvar, saved, ctx.noise, ctx.logvar_clamp)
+            spread = ctx.room.spread(mu, logvar, saved, noise, ctx.logvar_clamp)
             outputs = reference.resample_kl(mu, logvar, spread, ctx.logvar_clamp)
             return *gradients_through(outputs, upstream, inputs, wanted), None, None, None, None
         gradients = [torch.empty_like(x) if want else None for x, want in zip(inputs, wanted, strict=True)]
         dmu, dlogvar = _halves(gradients[0], gradients[1], ctx.dim)
-        ctx.room.reparam_kl_bwd(mu, logvar, saved, dz, dkl, dmu, dlogvar, ctx.noise, ctx.logvar_clamp)
+        ctx.room.reparam_kl_bwd(mu, logvar, saved, dz, dkl, dmu, dlogvar, noise, ctx.logvar_clamp)
         return *gradients, None, None, None, None
 
 
