@@ -30,8 +30,9 @@ def tiles(tile_bytes: int, num_warps: int, max_programs: int) -> Iterator[None]:
     modules = (_reduce, _tile, elbo, elbo_bwd, philox, reparam_kl)
     with ExitStack() as stack:
         stack.enter_context(patch.object(_tile, "_TILE_BYTES", tile_bytes))
-        _tile._cut.cache_clear()
-        stack.callback(_tile._cut.cache_clear)
+        for module in (elbo, elbo_bwd, reparam_kl):
+            module._plan.cache_clear()
+            stack.callback(module._plan.cache_clear)
         for module in modules:
             stack.enter_context(patch.object(module, "NUM_WARPS", num_warps))
         # the forward launch; the backward one has a limit of its own

@@ -1,7 +1,6 @@
 """What the ops hand down to a backend, in one piece."""
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -60,9 +59,13 @@ class ElboOptions(NamedTuple):
     # [B]: what one_pass multiplies the gradient of each sample's error by, where it is not one number for all
     row_weight: Tensor | None = None
 
+    @property
+    def constants(self) -> tuple[Any, ...]:
+        """What no call changes: recon_scale to floor."""
+        return self[2:9]
 
-@dataclass(frozen=True, slots=True)
-class PhiloxNoise:
+
+class PhiloxNoise(NamedTuple):
     """Standard normals as a function of (seed, element): normal number `offset + i` belongs to element i in C order."""
 
     seed: int | Tensor  # an int in [-2^63, 2^63) or a one-element int64 tensor

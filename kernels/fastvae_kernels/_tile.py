@@ -5,7 +5,6 @@ at run time.
 import math
 import struct
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +17,7 @@ ONE_TILE_EACH = 1 << 62  # programs: no limit
 MAX_PROGRAMS = 1 << 14  # beyond, a program takes several tiles, so that the partial sums stay few
 _MAX_INNER_DIMS = 4  # with the row, five dimensions are read in place, whatever their strides
 NUM_WARPS = 4
+_FLOAT64, _INT64 = struct.Struct("d"), struct.Struct("q")
 
 
 class Tile(NamedTuple):
@@ -49,6 +49,19 @@ def tile(n_rows: int, n_cols: int, element_size: int, *, max_programs: int = MAX
     return Tile(size // cols, cols, steps, -(-tiles // steps))
 
 
+class Meta(NamedTuple):
+    """What a launch has to know of a tensor beforehand."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def metas(tensors: Sequence[Tensor | None]) -> tuple[Meta | None, ...]:
+    """Of each tensor: keys under which plans of launches are kept, because to make one takes longer than a launch."""
+    return tuple([None if t is None else Meta(t.shape, t.stride(), t.dtype) for t in tensors])
+
+
 class Layout(NamedTuple):
     """Tensors of one shape as [n_rows, n_cols], each with (row stride, inner strides...).
 
@@ -62,23 +75,15 @@ class Layout(NamedTuple):
     strides: list[tuple[int, ...]]
 
 
-def layout(tensors: Sequence[Tensor | None], *, by_sample: bool, c_order: bool) -> Layout:
-    """Collapse the dimensions of tensors of one shape into as few as all of their strides allow.
+def layout(tensors: Sequence[Meta | None], *, by_sample: bool, c_order: bool) -> Layout:
+    """Collapse the dimensions of tensors of one shape, told by their metas, into as few as all of their strides allow.
 
     Rows are samples if `by_sample`; else one row if the tensors allow it. Columns run in C order if `c_order` (noise
     is numbered so), else in the order of the first tensor's memory. Tensors of more than five dimensions must be
     contiguous.
     """
+    given = [t.strides for t in tensors if t is not None]
     shape = next(t.shape for t in tensors if t is not None)
-    return _layout(shape, tuple(None if t is None else t.stride() for t in tensors), by_sample, c_order)
-
-
-# a training step asks the same question every time, and the answer takes longer than a launch
-@lru_cache(maxsize=1024)
-def _layout(
-    shape: tuple[int, ...], strides: tuple[tuple[int, ...] | None, ...], by_sample: bool, c_order: bool
-) -> Layout:
-    given = [s for s in strides if s is not None]
     none = (1, *(0 for _ in given))  # a row of everything; stride 0 is divisible by 16, as an odd row stride is not
     dims = [(size, *(s[i] for s in given)) for i, size in enumerate(shape)]
     row = dims.pop(0) if by_sample else none
@@ -103,7 +108,7 @@ def _layout(
     else:
         sizes = tuple(size for size, *_ in merged)
     by_tensor = zip(*(dim[1:] for dim in (row, *merged)), strict=True)
-    return Layout(row[0], n_cols, sizes, [() if s is None else next(by_tensor) for s in strides])
+    return Layout(row[0], n_cols, sizes, [() if t is None else next(by_tensor) for t in tensors])
 
 
 class Geometry(NamedTuple):
@@ -123,7 +128,6 @@ class Geometry(NamedTuple):
 class Part(NamedTuple):
     """One kind of work of a launch; no programs where there is none."""
 
-    tensors: Any  # a named tuple of tensors of one shape
     at: Geometry
     programs: int
     n_rows: int
@@ -131,41 +135,19 @@ class Part(NamedTuple):
 
 
 def part(tensors: Any, wanted: bool, by_sample: bool, max_programs: int = MAX_PROGRAMS) -> Part:
-    """Work on a named tuple of tensors of one shape, the first of which decides the order."""
+    """Work on a named tuple of tensors of one shape, told by their metas; the first decides the order."""
     kind: Any = type(tensors)
     first = tensors[0]
-    if not wanted or first is None or first.numel() == 0:
-        return _no_part(kind)
-    strides = tuple(None if t is None else t.stride() for t in tensors)
-    dtype = accumulator(*tensors)
-    return Part(tensors, *_cut(kind, first.shape, strides, first.element_size(), dtype, by_sample, max_programs))
-
-
-@lru_cache
-def _no_part(kind: Any) -> Part:
-    n_tensors, no_tile = len(kind._fields), (tl.constexpr(1), tl.constexpr(8), tl.constexpr(1))
-    at = Geometry(kind(*[()] * n_tensors), None, 0, 0, 0, *no_tile, tl.constexpr(tl.float32))
-    return Part(kind(*[None] * n_tensors), at, 0, 0, 1)
-
-
-@lru_cache(maxsize=1024)
-def _cut(
-    kind: Any,
-    shape: tuple[int, ...],
-    strides: tuple[tuple[int, ...] | None, ...],
-    element_size: int,
-    dtype: torch.dtype,
-    by_sample: bool,
-    max_programs: int,
-) -> tuple[Geometry, int, int, int]:
-    """(at, programs, n_rows, n_partials) of a Part."""
-    n_rows, n_cols, sizes, by_tensor = _layout(shape, strides, by_sample, False)
-    t = tile(n_rows, n_cols, element_size, max_programs=max_programs)
+    if not wanted or first is None or 0 in first.shape:
+        no_tile = map(tl.constexpr, (1, 8, 1, tl.float32))
+        return Part(Geometry(kind(*[()] * len(tensors)), None, 0, 0, 0, *no_tile), 0, 0, 1)
+    n_rows, n_cols, sizes, by_tensor = layout(tensors, by_sample=by_sample, c_order=False)
+    t = tile(n_rows, n_cols, first.dtype.itemsize, max_programs=max_programs)
     if by_tensor[0][0] == 1 < n_rows:  # rows lie side by side, as the dimensions of latents do: so do lanes
         t = _tall(t, n_rows, n_cols, max_programs)
-    constants = map(tl.constexpr, (t.rows, t.cols, t.steps, triton_dtype(dtype)))
+    constants = map(tl.constexpr, (t.rows, t.cols, t.steps, triton_dtype(accumulator(*tensors))))
     at = Geometry(kind(*by_tensor), sizes, n_rows, n_cols, t.col_programs, *constants)
-    return at, t.programs(n_rows), n_rows, t.col_programs
+    return Part(at, t.programs(n_rows), n_rows, t.col_programs)
 
 
 def _tall(t: Tile, n_rows: int, n_cols: int, max_programs: int) -> Tile:
@@ -178,7 +160,7 @@ def _tall(t: Tile, n_rows: int, n_cols: int, max_programs: int) -> Tile:
     return Tile(size // cols, cols, steps, -(-tiles // steps))
 
 
-def accumulator(*tensors: Tensor | None) -> torch.dtype:
+def accumulator(*tensors: Tensor | Meta | None) -> torch.dtype:
     """Dtype of arithmetic and of sums."""
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
@@ -245,7 +227,7 @@ def host_scalar(x: float | Tensor | None) -> int | Tensor | None:
     """What `scalar` takes. The bits, because a float argument arrives on a GPU rounded to float32."""
     if x is None or isinstance(x, Tensor):
         return x
-    bits: int = struct.unpack("q", struct.pack("d", x))[0]
+    bits: int = _INT64.unpack(_FLOAT64.pack(x))[0]
     return bits
 
 

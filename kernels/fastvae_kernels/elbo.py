@@ -2,7 +2,9 @@
 reconstruction, then a tiny launch that folds the partial sums of both into (loss, recon term, KL term).
 """
 
-from typing import Any
+import math
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -10,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._reduce import fold, fold_tile
-from ._tile import NUM_WARPS, accumulator, host_scalar, is_whole, load, part, place, scalar
+from ._tile import NUM_WARPS, Part, accumulator, host_scalar, is_whole, load, metas, part, place, scalar
 from .elbo_bwd import elbo_bwd as elbo_bwd
 from .images import Images, image_pointers, image_tile
 from .latents import Latents, bounds_of, floored, kl_tile, latent_pointers
@@ -126,70 +128,92 @@ def _elbo_fold_kernel(
         tl.store(weights_ptr + 1, weight_kl.to(dtype), mask=first)
 
 
+class _Plan(NamedTuple):
+    """A forward pass but for its tensors and weights."""
+
+    image: Part
+    latent: Part
+    likelihood: Any
+    bounds: Any
+    recon_sums: tuple[int, int] | None  # shape of the partial sums; None: nothing to sum up
+    recon_dtype: torch.dtype
+    kl_sums: tuple[int, int] | None
+    kl_dtype: torch.dtype
+    factors: tuple[Any, ...]  # recon_scale, recon_constant, kl_scale
+    shape: tuple[int, ...]  # of the results
+    dtype: torch.dtype
+    fold_programs: int
+    fold: tuple[int, ...]  # n_rows to KL_COLS
+
+
+@lru_cache(maxsize=1024)
+def _plan(tensors: Any, drecon: Any, dlog_scale: Any, constants: tuple[Any, ...], batch: int) -> _Plan:
+    recon, target, log_scale, mu, logvar, prior_mu, prior_logvar, kl, mask = tensors
+    recon_scale, recon_constant, kl_scale, per_sample, logvar_clamp, error, floor = constants
+    images = Images(recon, target, log_scale, mask, drecon, None, dlog_scale)
+    latents = Latents(mu, logvar, prior_mu, prior_logvar)
+    image = part(images, recon is not None, per_sample)
+    latent = part(latents, mu is not None, per_sample)
+    shape = (batch,) if per_sample else ()
+    n_rows = batch if per_sample else 1
+    # a KL measured already: its values are the partial sums
+    n_kl = latent.n_rows * latent.n_partials if kl is None else math.prod(kl.shape)
+    n_recon = image.n_rows * image.n_partials
+    n_recon, n_kl = (n // n_rows if n_rows else 0 for n in (n_recon, n_kl))
+    tiles = fold_tile(n_rows, n_recon), fold_tile(n_rows, n_kl)
+    block_rows = min(rows for rows, _ in tiles)
+    return _Plan(
+        *(image, latent, likelihood(error, target is not None and target.dtype == torch.uint8)),
+        bounds_of(logvar_clamp, floor),
+        (image.n_rows, image.n_partials) if image.programs else None,
+        accumulator(recon, target, log_scale),
+        (latent.n_rows, latent.n_partials) if latent.programs else None,
+        accumulator(*latents),
+        tuple(map(host_scalar, (recon_scale, recon_constant, kl_scale))),
+        shape,
+        accumulator(*tensors[:-1]),
+        triton.cdiv(n_rows, block_rows),
+        (n_rows, n_recon, n_kl, block_rows, tiles[0][1], tiles[1][1]),
+    )
+
+
 def elbo_fwd(tensors: Any, written: Any, options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Return (loss, recon term, KL term, KL term under the floor, weights).
 
     weights: a snapshot of (recon_weight, beta) if one of them is a tensor, which may change before the backward pass.
     written: buffers for recon_weight times the gradients of the recon term by recon and log_scale, or None.
     """
-    *given, _ = tensors
-    like = next(t for t in given if t is not None)
-    images = Images(
-        *(tensors.recon, tensors.target, tensors.log_scale, tensors.mask), written.recon, None, written.log_scale
-    )
-    latents = Latents(tensors.mu, tensors.logvar, tensors.prior_mu, tensors.prior_logvar, None, None, None, None)
-    image = part(images, tensors.recon is not None, options.per_sample)
-    latent = part(latents, tensors.mu is not None, options.per_sample)
-    sums = accumulator(tensors.recon, tensors.target, tensors.log_scale)
-    recon_partials = like.new_empty(image.n_rows, image.n_partials, dtype=sums)
-    kl_partials = like.new_empty(latent.n_rows, latent.n_partials, dtype=accumulator(*latents))
-    floored_partials = None if options.floor is None else torch.empty_like(kl_partials)
-    weight = options.row_weight
-    if weight is None:
-        weight = host_scalar(0.0 if written.recon is None else options.recon_scale * options.recon_weight)
+    recon, target, log_scale, mu, logvar, prior_mu, prior_logvar, kl, mask = tensors
+    drecon, dlog_scale = written.recon, written.log_scale
+    like = next(t for t in tensors if t is not None)
+    plan = _plan(metas(tensors), *metas((drecon, dlog_scale)), options.constants, like.shape[0])
+    new = like.new_empty
+    recon_partials = None if plan.recon_sums is None else new(plan.recon_sums, dtype=plan.recon_dtype)
+    kl_partials = kl if plan.kl_sums is None else new(plan.kl_sums, dtype=plan.kl_dtype)
+    floored_partials = None if options.floor is None or kl_partials is None else torch.empty_like(kl_partials)
+    loss, recon_term, kl_term = (new(plan.shape, dtype=plan.dtype) for _ in range(3))
+    floored_term = None if options.floor is None else torch.empty_like(loss)
+    beta, recon_weight, row_weight = options.beta, options.recon_weight, options.row_weight
+    on_device = isinstance(recon_weight, Tensor) or isinstance(beta, Tensor)
+    weights = new(2, dtype=plan.dtype) if on_device else None
+    if row_weight is None:
+        row_weight = host_scalar(0.0 if drecon is None else options.recon_scale * recon_weight)
     with torch.cuda.device_of(like):
-        if programs := image.programs + latent.programs:
+        if programs := plan.image.programs + plan.latent.programs:
             _elbo_fwd_kernel[(programs,)](
-                *(image.tensors, likelihood(options.error, tensors.target), image.at, image.programs),
-                *(weight, recon_partials),
-                *(
-                    latent.tensors,
-                    bounds_of(options.logvar_clamp, options.floor),
-                    latent.at,
-                    kl_partials,
-                    floored_partials,
-                ),
+                Images(recon, target, log_scale, mask, drecon, None, dlog_scale) if plan.image.programs else Images(),
+                *(plan.likelihood, plan.image.at, plan.image.programs, row_weight, recon_partials),
+                Latents(mu, logvar, prior_mu, prior_logvar) if plan.latent.programs else Latents(),
+                *(plan.bounds, plan.latent.at, kl_partials, floored_partials),
                 num_warps=NUM_WARPS,
                 enable_fp_fusion=True,
             )
-        if tensors.kl is not None:  # measured already: its values are the partial sums
-            kl_partials = tensors.kl.contiguous()
-        return _folded(recon_partials, kl_partials, floored_partials, options, like.shape[0], accumulator(*given))
-
-
-def _folded(
-    recon_partials: Tensor,
-    kl_partials: Tensor,
-    floored_partials: Tensor | None,
-    options: Any,
-    batch: int,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    shape = (batch,) if options.per_sample else ()
-    loss, recon_term, kl_term = (recon_partials.new_empty(shape, dtype=dtype) for _ in range(3))
-    floored_term = None if floored_partials is None else torch.empty_like(loss)
-    on_device = isinstance(options.recon_weight, Tensor) or isinstance(options.beta, Tensor)
-    weights = recon_partials.new_empty(2, dtype=dtype) if on_device else None
-    if n_rows := loss.numel():
-        n_recon, n_kl = recon_partials.numel() // n_rows, kl_partials.numel() // n_rows
-        tiles = fold_tile(n_rows, n_recon), fold_tile(n_rows, n_kl)
-        block_rows = min(rows for rows, _ in tiles)
-        _elbo_fold_kernel[(triton.cdiv(n_rows, block_rows),)](
-            *(recon_partials, kl_partials, floored_partials, loss, recon_term, kl_term, floored_term, weights),
-            *map(host_scalar, (options.recon_scale, options.recon_constant, options.kl_scale)),
-            *(host_scalar(options.recon_weight), host_scalar(options.beta)),
-            *(n_rows, n_recon, n_kl, block_rows, tiles[0][1], tiles[1][1]),
-            num_warps=NUM_WARPS,
-            enable_fp_fusion=True,
-        )
+        if plan.fold_programs:
+            _elbo_fold_kernel[(plan.fold_programs,)](
+                *(recon_partials, None if kl_partials is None else kl_partials.contiguous(), floored_partials),
+                *(loss, recon_term, kl_term, floored_term, weights, *plan.factors),
+                *(host_scalar(recon_weight), host_scalar(beta), *plan.fold),
+                num_warps=NUM_WARPS,
+                enable_fp_fusion=True,
+            )
     return loss, recon_term, kl_term, floored_term, weights

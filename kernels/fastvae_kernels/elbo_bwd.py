@@ -2,6 +2,8 @@
 programs read the upstream gradient and leave at once if that is what the forward pass took it for.
 """
 
+import math
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -12,9 +14,11 @@ from torch import Tensor
 from ._tile import (
     NUM_WARPS,
     ONE_TILE_EACH,
+    Part,
     host_scalar,
     is_whole,
     load,
+    metas,
     part,
     place,
     scalar,
@@ -193,6 +197,41 @@ def _elbo_bwd_kernel(
         _kl_program(kl_pid, upstream, upstream_strides, beta, kl_scale, dkl_ptr, n_kl, KL_BLOCK, KL_DTYPE)
 
 
+class _Plan(NamedTuple):
+    """A backward pass but for its tensors and weights."""
+
+    image: Part
+    latent: Part
+    likelihood: Any
+    bounds: Any
+    strides: Upstream
+    factors: tuple[int, int]  # recon_scale, kl_scale
+    programs: int
+    n_kl: int
+    kl_dtype: tl.dtype
+
+
+@lru_cache(maxsize=1024)
+def _plan(tensors: Any, upstream: Any, gradients: Any, constants: tuple[Any, ...], max_image_programs: int) -> _Plan:
+    recon, target, log_scale, mu, logvar, prior_mu, prior_logvar, _, mask = tensors
+    drecon, dtarget, dlog_scale, dmu, dlogvar, dprior_mu, dprior_logvar, dkl, _ = gradients
+    recon_scale, _, kl_scale, per_sample, logvar_clamp, error, floor = constants
+    images = Images(recon or drecon, target, log_scale, mask, drecon, dtarget, dlog_scale)
+    latents = Latents(mu, logvar, prior_mu, prior_logvar, dmu, dlogvar, dprior_mu, dprior_logvar)
+    image = part(images, any((drecon, dtarget, dlog_scale)), per_sample, max_image_programs)
+    latent = part(latents, any(latents[4:]), per_sample, ONE_TILE_EACH)
+    n_kl = 0 if dkl is None else math.prod(dkl.shape)
+    return _Plan(
+        *(image, latent, likelihood(error, target is not None and target.dtype == torch.uint8)),
+        bounds_of(logvar_clamp, floor),
+        Upstream(*(t.strides[0] if t is not None and t.shape else 0 for t in upstream)),
+        (host_scalar(recon_scale), host_scalar(kl_scale)),
+        image.programs + latent.programs + triton.cdiv(n_kl, _KL_BLOCK),
+        n_kl,
+        tl.float32 if dkl is None else triton_dtype(dkl.dtype),
+    )
+
+
 def elbo_bwd(
     tensors: Any,
     upstream: tuple[Tensor | None, ...],
@@ -207,29 +246,25 @@ def elbo_bwd(
         log_scale already hold what `elbo_fwd` wrote there and are only scaled, where that is exact or where recon is
         gone (None, as is target).
     """
-    of_images = gradients.recon, gradients.target, gradients.log_scale
-    recon = gradients.recon if tensors.recon is None else tensors.recon
-    images = Images(recon, tensors.target, tensors.log_scale, tensors.mask, *of_images)
-    of_latents = gradients.mu, gradients.logvar, gradients.prior_mu, gradients.prior_logvar
-    latents = Latents(tensors.mu, tensors.logvar, tensors.prior_mu, tensors.prior_logvar, *of_latents)
-    image = part(images, any(t is not None for t in of_images), options.per_sample, _MAX_IMAGE_PROGRAMS)
-    latent = part(latents, any(t is not None for t in of_latents), options.per_sample, ONE_TILE_EACH)
-    dkl = gradients.kl
-    n_kl = 0 if dkl is None else dkl.numel()
-    latent_end = image.programs + latent.programs
-    programs = latent_end + triton.cdiv(n_kl, _KL_BLOCK)
-    if not programs:
+    recon, target, log_scale, mu, logvar, prior_mu, prior_logvar, _, mask = tensors
+    drecon, dtarget, dlog_scale, dmu, dlogvar, dprior_mu, dprior_logvar, dkl, _ = gradients
+    plan = _plan(metas(tensors), metas(upstream), metas(gradients), options.constants, _MAX_IMAGE_PROGRAMS)
+    if not plan.programs:
         return
+    recon = drecon if recon is None else recon
+    images = Images(recon, target, log_scale, mask, drecon, dtarget, dlog_scale)
+    latents = Latents(mu, logvar, prior_mu, prior_logvar, dmu, dlogvar, dprior_mu, dprior_logvar)
+    image, latent = plan.image, plan.latent
     with torch.cuda.device_of(next(t for t in gradients if t is not None)):
-        _elbo_bwd_kernel[(programs,)](
-            Upstream(*upstream),
-            Upstream(*(t.stride(0) if t is not None and t.ndim else 0 for t in upstream)),
-            *map(host_scalar, (options.recon_weight, options.beta, options.recon_scale, options.kl_scale)),
-            *(image.tensors, likelihood(options.error, tensors.target), image.at, image.programs, options.row_weight),
-            *(latent.tensors, bounds_of(options.logvar_clamp, options.floor), latent.at, latent_end, dkl, n_kl),
+        _elbo_bwd_kernel[(plan.programs,)](
+            *(Upstream(*upstream), plan.strides, host_scalar(options.recon_weight), host_scalar(options.beta)),
+            *plan.factors,
+            *(images if image.programs else Images(), plan.likelihood, image.at, image.programs, options.row_weight),
+            *(latents if latent.programs else Latents(), plan.bounds, latent.at, image.programs + latent.programs),
+            *(dkl, plan.n_kl),
             HELD=holds_forward_gradient,
             KL_BLOCK=_KL_BLOCK,
-            KL_DTYPE=tl.float32 if dkl is None else triton_dtype(dkl.dtype),
+            KL_DTYPE=plan.kl_dtype,
             num_warps=NUM_WARPS,
             enable_fp_fusion=True,
         )

@@ -12,13 +12,13 @@ from .gaussian import exp
 class Images(NamedTuple):
     """Tensors, or strides, of one shape. None: not there, or not wanted."""
 
-    recon: Any  # read, as are the next three
-    target: Any
-    log_scale: Any
-    mask: Any
-    drecon: Any  # written, as are the next two
-    dtarget: Any
-    dlog_scale: Any
+    recon: Any = None  # read, as are the next three
+    target: Any = None
+    log_scale: Any = None
+    mask: Any = None
+    drecon: Any = None  # written, as are the next two
+    dtarget: Any = None
+    dlog_scale: Any = None
 
 
 @triton.jit

@@ -13,14 +13,14 @@ from .gaussian import clamp, exp, expm1, inside, twice_kl_element
 class Latents(NamedTuple):
     """Tensors, or strides, of one shape. None: not there, or not wanted."""
 
-    mu: Any  # read, as are the next three
-    logvar: Any
-    prior_mu: Any
-    prior_logvar: Any
-    dmu: Any  # written, as are the next three
-    dlogvar: Any
-    dprior_mu: Any
-    dprior_logvar: Any
+    mu: Any = None  # read, as are the next three
+    logvar: Any = None
+    prior_mu: Any = None
+    prior_logvar: Any = None
+    dmu: Any = None  # written, as are the next three
+    dlogvar: Any = None
+    dprior_mu: Any = None
+    dprior_logvar: Any = None
 
 
 class Bounds(NamedTuple):

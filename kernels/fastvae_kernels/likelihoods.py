@@ -8,10 +8,8 @@ stand to the right of tensors: the interpreter knows no product of a constant an
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from .gaussian import exp, expm1
 
@@ -186,13 +184,9 @@ PAIRS = {
 ZERO_AT_ZERO = {"l2", "l1", "huber"}
 
 
-def likelihood(options: Any, target: Tensor | None) -> Likelihood:
-    """What kernels take for `options` (.name, .parameter, .target_scale, .target_shift, the last two for uint8)."""
-    return _likelihood(options, target is not None and target.dtype == torch.uint8)
-
-
 @lru_cache
-def _likelihood(options: Any, byte: bool) -> Likelihood:
+def likelihood(options: Any, byte: bool) -> Likelihood:
+    """What kernels take for `options` (.name, .parameter, .target_scale, .target_shift, the last two for uint8)."""
     scale, shift = (options.target_scale, options.target_shift) if byte else (1.0, 0.0)
     constants = (options.parameter, scale, shift, options.name in ZERO_AT_ZERO and shift == 0)
     return Likelihood(*PAIRS[options.name], *map(tl.constexpr, constants))

@@ -2,7 +2,8 @@
 of reading it.
 """
 
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -13,12 +14,12 @@ from ._reduce import fold_rows
 from ._tile import (
     NUM_WARPS,
     ONE_TILE_EACH,
-    Tile,
     accumulator,
     element_offsets,
     host_scalar,
     layout,
     load,
+    metas,
     tile,
     triton_dtype,
 )
@@ -155,16 +156,32 @@ def _reparam_kl_bwd_kernel(
         _gradient_tile(mu_ptrs, logvar_ptrs, dz_ptrs, dkl, dmu_ptrs, dlogvar_ptrs, noise, mask, low, high, DTYPE)
 
 
-def _constants(t: Tile, n_rows: int, n_cols: int, offset: int, element_size: int, dtype: torch.dtype) -> dict[str, Any]:
-    starts = (offset,) if n_rows == 1 else (offset, n_cols)
-    return {
-        "RUN": noise_run(element_size, *starts),
+class _Plan(NamedTuple):
+    """A launch but for its tensors and its noise."""
+
+    programs: int
+    strides: tuple[Any, ...]  # of each tensor
+    shape: tuple[Any, ...]  # sizes, n_rows, n_cols, n_col_programs
+    constants: dict[str, Any]
+    dtype: torch.dtype
+
+
+@lru_cache(maxsize=1024)
+def _plan(tensors: tuple[Any, ...], element_size: int, aligned: bool, by_sample: bool) -> _Plan:
+    """tensors: metas of mu, logvar and what else is read and written. aligned: the first element begins a counter."""
+    at = layout(tensors, by_sample=by_sample, c_order=True)
+    t = tile(at.n_rows, at.n_cols, element_size, max_programs=ONE_TILE_EACH, noise=True)
+    dtype = accumulator(*tensors[:2])
+    constants = {
+        "RUN": noise_run(element_size, 0 if aligned else 1, 0 if at.n_rows == 1 else at.n_cols),
         "DTYPE": triton_dtype(dtype),
         "BLOCK_ROWS": t.rows,
         "BLOCK_COLS": t.cols,
         "num_warps": NUM_WARPS,
         "enable_fp_fusion": True,
     }
+    shape = (at.sizes, at.n_rows, at.n_cols, t.col_programs)
+    return _Plan(t.programs(at.n_rows), tuple(at.strides), shape, constants, dtype)
 
 
 def reparam_kl_fwd(
@@ -174,18 +191,17 @@ def reparam_kl_fwd(
 
     noise: has .seed (int64 or tensor of one) and .offset.
     """
-    dtype = accumulator(mu, logvar)
     if mu.numel() == 0:
-        return (mu.new_zeros(mu.shape[0], dtype=dtype) if with_kl else None), ()
-    at = layout([mu, logvar, z], by_sample=with_kl, c_order=True)
-    t = tile(at.n_rows, at.n_cols, z.element_size(), max_programs=ONE_TILE_EACH, noise=True)
-    partials = mu.new_empty(at.n_rows, t.col_programs, dtype=dtype) if with_kl else None
+        return (mu.new_zeros(mu.shape[0], dtype=accumulator(mu, logvar)) if with_kl else None), ()
+    plan = _plan(metas((mu, logvar, z)), z.element_size(), noise.offset % 4 == 0, with_kl)
+    _, n_rows, _, n_col_programs = plan.shape
+    partials = mu.new_empty((n_rows, n_col_programs), dtype=plan.dtype) if with_kl else None
     low, high = logvar_clamp or (None, None)
     with torch.cuda.device_of(mu):
-        _reparam_kl_fwd_kernel[(t.programs(at.n_rows),)](
+        _reparam_kl_fwd_kernel[(plan.programs,)](
             *(mu, logvar, z, partials, noise.seed, noise.offset, host_scalar(low), host_scalar(high)),
-            *(*at.strides, at.sizes, at.n_rows, at.n_cols, t.col_programs),
-            **_constants(t, at.n_rows, at.n_cols, noise.offset, z.element_size(), dtype),
+            *(*plan.strides, *plan.shape),
+            **plan.constants,
         )
         return (None if partials is None else fold_rows(partials)), ()
 
@@ -220,13 +236,12 @@ def reparam_kl_bwd(
     if mu.numel() == 0:
         return
     dz = dz if dz is None or dz.ndim <= 5 else dz.contiguous()  # mu and logvar came so
-    at = layout([mu, logvar, dz, dmu, dlogvar], by_sample=dkl is not None, c_order=True)
-    dtype = accumulator(mu, logvar)
-    t = tile(at.n_rows, at.n_cols, mu.element_size(), max_programs=ONE_TILE_EACH, noise=True)
+    tensors = metas((mu, logvar, dz, dmu, dlogvar))
+    plan = _plan(tensors, mu.element_size(), noise.offset % 4 == 0, dkl is not None)
     low, high = logvar_clamp or (None, None)
     with torch.cuda.device_of(mu):
-        _reparam_kl_bwd_kernel[(t.programs(at.n_rows),)](
+        _reparam_kl_bwd_kernel[(plan.programs,)](
             *(mu, logvar, dz, dkl, dmu, dlogvar, noise.seed, noise.offset, host_scalar(low), host_scalar(high)),
-            *(*at.strides, 0 if dkl is None else dkl.stride(0), at.sizes, at.n_rows, at.n_cols, t.col_programs),
-            **_constants(t, at.n_rows, at.n_cols, noise.offset, mu.element_size(), dtype),
+            *(*plan.strides, 0 if dkl is None else dkl.stride(0), *plan.shape),
+            **plan.constants,
         )
