@@ -9,12 +9,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import reference
 from ._options import ElboOptions, ElboTensors
-from ._strides import readable
-from .ops.elbo import ElboFunction, room_of
+from .ops.elbo import elbo
 from .terms import Images, Latents, Scale, Weight, normalizer
 
 
@@ -187,13 +185,4 @@ def _op(tensors: ElboTensors, options: ElboOptions) -> tuple[Tensor, Tensor, Ten
     """(loss, recon term, KL term, KL term under the floor)."""
     if torch.compiler.is_compiling():  # the compiler fuses the plain formula with its neighbours
         return reference.elbo(tensors, options)
-    tensors = ElboTensors(*(t if t is None else readable(t) for t in tensors))
-    if not torch.is_grad_enabled() and forward_ad._current_level < 0:  # no node of a graph is needed
-        like = next(t for t in tensors if t is not None)
-        terms: tuple[Tensor, Tensor, Tensor, Tensor | None]
-        terms = room_of(like).elbo_fwd(tensors, ElboTensors(), options)[:4]
-        return terms
-    weights = (w if isinstance(w, Tensor) else None for w in (options.beta, options.recon_weight))
-    outputs: tuple[Tensor, Tensor, Tensor, Tensor | None]
-    outputs = ElboFunction.apply(*tensors, *weights, options)  # type: ignore[no-untyped-call]
-    return outputs
+    return elbo(tensors, options)

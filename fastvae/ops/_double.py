@@ -10,7 +10,7 @@ def with_memory(upstream: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """Upstream gradients as a kernel can read them: no zeros without memory (double backward of abs makes some), no
     negation that torch put off.
     """
-    return tuple(t if t is None else torch.zeros_like(t) if t._is_zerotensor() else t.resolve_neg() for t in upstream)
+    return tuple([t if t is None else torch.zeros_like(t) if t._is_zerotensor() else t.resolve_neg() for t in upstream])
 
 
 def apart(inputs: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
