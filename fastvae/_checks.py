@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import torch
@@ -31,8 +31,9 @@ def choice(name: str, value: object, known: Iterable[str]) -> None:
 def reductions(reduction: str, recon_reduction: str | None, kl_reduction: str | None) -> tuple[str, str]:
     """The reductions of the two terms."""
     both = (recon_reduction or reduction, kl_reduction or reduction)
-    for name, value in zip(("recon_reduction", "kl_reduction"), both, strict=True):
-        choice("reduction" if value == reduction else name, value, REDUCTIONS)
+    for name, value in (("recon_reduction", both[0]), ("kl_reduction", both[1])):
+        if value not in REDUCTIONS:
+            choice("reduction" if value == reduction else name, value, REDUCTIONS)
     if (both[0] == "none") != (both[1] == "none"):
         fail(
             f'recon_reduction and kl_reduction must both be "none" or neither; got {both[0]!r} and {both[1]!r}. '
@@ -175,20 +176,8 @@ def one_a_sample(name: str, tensor: object, like: Tensor) -> None:
     same_device(name, tensor, "the inputs", like)
 
 
-def latents(
-    recon: Tensor,
-    mu: Tensor | None,
-    logvar: Tensor | None,
-    kl: Tensor | None,
-    kl_reduction: str,
-    *,
-    per_element: Mapping[str, object],
-) -> int:
-    """Check what a loss is told of the posterior; return its number of elements (0 where nothing asks for it).
-
-    per_element: options that need mu and logvar, by name.
-    """
-    batch = recon.shape[0]
+def posterior(recon: Tensor, mu: Tensor | None, logvar: Tensor | None, kl: Tensor | None, kl_reduction: str) -> None:
+    """What a loss is told of the posterior: mu and logvar, or kl."""
     if kl is None:
         if mu is None or logvar is None:
             fail(
@@ -197,26 +186,32 @@ def latents(
         gaussian(mu, logvar)
     else:
         one_a_sample("kl", kl, recon)
-        for name, value in per_element.items():
-            if value is not None:
-                fail(f"{name} cannot act on kl=, which is already measured. Pass mu and logvar instead.")
         if logvar is not None:
             fail("kl= replaces logvar; got both. Pass one of them (mu may stay, for its element count).")
-        if mu is None and kl_reduction == "mean":
-            fail('kl_reduction="mean" divides by the number of latents, which kl= does not tell. Pass mu too.')
-    if mu is None:
-        return 0
-    float_tensor("mu", mu)
+        if mu is None:
+            if kl_reduction == "mean":
+                fail('kl_reduction="mean" divides by the number of latents, which kl= does not tell. Pass mu too.')
+            return
+        float_tensor("mu", mu)
     same_device("recon", recon, "mu", mu)
-    if mu.shape[0] != batch:
+    if mu.shape[0] != recon.shape[0]:
         fail(
-            f"recon and mu must have one batch size; got {batch} and {mu.shape[0]}. Repeat one of them for each sample."
+            f"recon and mu must have one batch size; got {recon.shape[0]} and {mu.shape[0]}. Repeat one of them for "
+            "each sample."
         )
-    return mu.numel()
+
+
+def measured(**per_element: object) -> None:
+    """kl= is a sum already: options that act on its elements are not there."""
+    for name, value in per_element.items():
+        if value is not None:
+            fail(f"{name} cannot act on kl=, which is already measured. Pass mu and logvar instead.")
 
 
 def weight(name: str, value: object, like: Tensor) -> None:
     """beta, recon_weight: a float or a 0-dimensional tensor on the inputs' device."""
+    if type(value) is float:
+        return
     if isinstance(value, Tensor):
         if value.ndim != 0 or not value.is_floating_point():
             raise ValueError(
@@ -240,17 +235,19 @@ def regularizers(free_bits: Any, free_bits_type: type, capacity: Any, capacity_t
 def defined(free_bits: Any, capacity: Any, mask_normalize: bool, reductions: tuple[str, str]) -> None:
     """Options that others leave without a meaning."""
     recon_reduction, kl_reduction = reductions
+    if mask_normalize and recon_reduction in ("sum", "none"):
+        fail(
+            "mask_normalize divides by the mask's sum in place of another number, and "
+            f'recon_reduction="{recon_reduction}" divides by none. Use "batchmean" or "mean".'
+        )
+    if free_bits is None and capacity is None:
+        return
     of_batch = free_bits is not None and free_bits.mode == "dim_batch"
     if of_batch and capacity is not None and capacity.mode == "sample":
         fail('a capacity of each sample has no meaning after free bits of the batch. Use Capacity(..., mode="batch").')
     for option, whole in (("free_bits", of_batch), ("capacity", capacity is not None and capacity.mode == "batch")):
         if whole and kl_reduction == "none":
             fail(f'{option} of the batch has no value per sample; got kl_reduction="none". Choose another mode.')
-    if mask_normalize and recon_reduction in ("sum", "none"):
-        fail(
-            "mask_normalize divides by the mask's sum in place of another number, and "
-            f'recon_reduction="{recon_reduction}" divides by none. Use "batchmean" or "mean".'
-        )
 
 
 def overwritable(recon: Tensor, target: Tensor, recon_weight: object, one_pass: bool) -> None:

@@ -229,22 +229,27 @@ def vae_loss(
     images = _images(recon, target, likelihood, reductions[0], weight, mask, extra)
     _checks.weight("beta", beta, recon)
     _checks.weight("recon_weight", recon_weight, recon)
-    _checks.regularizers(free_bits, FreeBits, capacity, Capacity)
-    if capacity is not None:
-        _checks.weight("capacity", capacity.nats, recon)
-    by_dimension = free_bits if free_bits is not None and free_bits.mode != "sample" else None
-    per_element = {"logvar_clamp": logvar_clamp, "prior": prior, "free_bits": by_dimension}
-    _checks.latents(recon, mu, logvar, kl, reductions[1], per_element=per_element)
+    _checks.posterior(recon, mu, logvar, kl, reductions[1])
+    if free_bits is not None or capacity is not None:
+        _checks.regularizers(free_bits, FreeBits, capacity, Capacity)
+        if capacity is not None:
+            _checks.weight("capacity", capacity.nats, recon)
+    if kl is not None:
+        by_dimension = None if free_bits is None or free_bits.mode == "sample" else free_bits
+        _checks.measured(logvar_clamp=logvar_clamp, prior=prior, free_bits=by_dimension)
     _checks.defined(free_bits, capacity, images.likelihood.mask_normalize, reductions)
     if inplace:
         _checks.overwritable(recon, target, recon_weight, one_pass)
     latents = Latents(
-        *(reductions[1], mu, logvar, kl),
-        prior=None if prior is None or mu is None else _checks.prior(prior, mu),
-        logvar_clamp=_checks.logvar_clamp(logvar_clamp),
-        free_bits=free_bits,
-        capacity=capacity,
-        weight=weight,
+        reductions[1],
+        mu,
+        logvar,
+        kl,
+        None if prior is None or mu is None else _checks.prior(prior, mu),
+        _checks.logvar_clamp(logvar_clamp),
+        free_bits,
+        capacity,
+        weight,
     )
     return objective(images, latents, beta=beta, recon_weight=recon_weight, one_pass=one_pass, inplace=inplace)
 
@@ -259,10 +264,12 @@ def _images(
     extra: Tensor | None,
 ) -> Images:
     _checks.images(recon, target)
-    for name, value in (("weight", weight), ("extra", extra)):
-        if value is not None:
-            _checks.one_a_sample(name, value, recon)
-    mask = None if mask is None else _checks.mask(mask, recon)
+    if weight is not None:
+        _checks.one_a_sample("weight", weight, recon)
+    if extra is not None:
+        _checks.one_a_sample("extra", extra, recon)
+    if mask is not None:
+        mask = _checks.mask(mask, recon)
     return Images(recon, target, likelihoods.resolve(likelihood), reduction, weight, mask, extra)
 
 

@@ -13,7 +13,9 @@ from torch import Tensor
 from . import reference
 from ._options import ElboOptions, ElboTensors
 from .ops.elbo import elbo
-from .terms import Images, Latents, Scale, Weight, normalizer
+from .terms import ForOp, Images, Latents, Scale, Weight, normalizer
+
+_NO_LATENTS: ForOp = (None, None, None, None, None), 1.0, None, None
 
 
 class VAELossTerms(NamedTuple):
@@ -34,34 +36,32 @@ def objective(
     inplace: bool = False,
 ) -> VAELossTerms:
     """recon_weight * recon + beta * (regularised KL), and its two terms; a term that is None is 0."""
-    options = ElboOptions(beta=beta, recon_weight=recon_weight, one_pass=one_pass, inplace=inplace)
-    tensors = ElboTensors()
-    if latents is not None:
-        tensors = latents.tensors
-        options = options._replace(
-            kl_scale=latents.normalizer,
-            per_sample=latents.reduction == "none",
-            logvar_clamp=latents.logvar_clamp,
-            floor=latents.floor,
-        )
-    if images is not None:
-        scale = Scale.of(images)
-        tensors = tensors._replace(
-            recon=images.recon, target=images.target, log_scale=scale.by_element, mask=images.mask
-        )
-        options = options._replace(error=images.likelihood.error, per_sample=images.reduction == "none")
-        if _weighs_samples(images, scale) or (latents is not None and latents.weighs_samples):
-            return _by_sample(images, scale, latents, tensors, options)
-        assert not isinstance(scale.shrink, Tensor)
-        assert not isinstance(scale.constant, Tensor)
-        factor = normalizer(images.reduction, images.recon)
-        elements = math.prod(images.recon.shape[1:]) if options.per_sample else images.recon.numel()
-        options = options._replace(
-            recon_scale=factor * scale.shrink * scale.factor,
-            recon_constant=factor * elements * scale.constant if scale.constant else 0.0,
-        )
-    loss, recon, kl, _ = _op(tensors, options)
-    return VAELossTerms(loss, recon, kl)
+    recon, target, mask = (None, None, None) if images is None else (images.recon, images.target, images.mask)
+    scale = Scale() if images is None else Scale.of(images)
+    posterior, kl_scale, logvar_clamp, floor = _NO_LATENTS if latents is None else latents.for_op
+    tensors = ElboTensors(recon, target, scale.by_element, *posterior, mask)
+    if images is None:
+        assert latents is not None
+        options = ElboOptions(beta, recon_weight, 1.0, 0.0, kl_scale, latents.reduction == "none", logvar_clamp)
+        return VAELossTerms(*_op(tensors, options)[:3])
+    by_sample = _weighs_samples(images, scale) or (latents is not None and latents.weighs_samples)
+    recon_scale, recon_constant = (1.0, 0.0) if by_sample else _linear(images, scale)
+    constants = recon_scale, recon_constant, kl_scale, images.reduction == "none", logvar_clamp
+    options = ElboOptions(beta, recon_weight, *constants, images.likelihood.error, floor, one_pass, inplace)
+    if by_sample:
+        return _by_sample(images, scale, latents, tensors, options)
+    return VAELossTerms(*_op(tensors, options)[:3])
+
+
+def _linear(images: Images, scale: Scale) -> tuple[float, float]:
+    """(a, b) of the reconstruction term a * (sum of the errors) + b."""
+    assert not isinstance(scale.shrink, Tensor)
+    assert not isinstance(scale.constant, Tensor)
+    factor = normalizer(images.reduction, images.recon)
+    if scale.constant == 0:
+        return factor * scale.shrink * scale.factor, 0.0
+    n = math.prod(images.recon.shape[1:]) if images.reduction == "none" else images.recon.numel()
+    return factor * scale.shrink * scale.factor, factor * n * scale.constant
 
 
 def _weighs_samples(images: Images, scale: Scale) -> bool:
@@ -158,16 +158,16 @@ def _kl_term(latents: Latents, kl: Tensor, raised: Tensor) -> tuple[Tensor, Tens
 
 def _kl_by_dimension(latents: Latents) -> tuple[Tensor, Tensor]:
     """The same for free bits of the batch's mean: dimensions are the rows of the transposed latents."""
-    given, batch, options = latents.tensors, latents.batch, ElboOptions(logvar_clamp=latents.logvar_clamp)
+    batch, mu, logvar = latents.batch, latents.mu, latents.logvar
+    prior_mu, prior_logvar = latents.prior or (None, None)
+    assert mu is not None
+    assert logvar is not None
     if latents.weight is None:
-        turned = ElboTensors(*(None if t is None else t.reshape(batch, -1).t() for t in given))
-        kl = _op(turned, options._replace(per_sample=True))[2]
+        turned = [None if t is None else t.reshape(batch, -1).t() for t in (mu, logvar, prior_mu, prior_logvar)]
+        tensors = ElboTensors(None, None, None, *turned)
+        kl = _op(tensors, ElboOptions(per_sample=True, logvar_clamp=latents.logvar_clamp))[2]
     else:
-        assert given.mu is not None
-        assert given.logvar is not None
-        elements = reference.gaussian_kl(
-            given.mu, given.logvar, latents.logvar_clamp, given.prior_mu, given.prior_logvar
-        )
+        elements = reference.gaussian_kl(mu, logvar, latents.logvar_clamp, prior_mu, prior_logvar)
         kl = (elements.reshape(batch, -1) * latents.weight.to(elements.dtype)[:, None]).sum(0)
     assert latents.free_bits is not None
     raised = (kl / batch if batch else kl).clamp(min=latents.free_bits.nats).sum() * (latents.normalizer * batch)

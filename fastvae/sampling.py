@@ -69,9 +69,10 @@ def _noise(
         return PhiloxNoise(torch.randint(2**63 - 1, (1,), device=mu.device), 0)
     if traced or _backend.backend_of(mu) == "torch":
         return _drawn(mu, generator)
-    on_device = generator is None or generator.device == mu.device
-    seed = torch.empty(1, dtype=torch.int64, device=mu.device if on_device else "cpu")
-    seed.random_(-(2**63), 2**63 - 1, generator=generator) if generator is not None else seed.random_()
+    if generator is None:
+        return PhiloxNoise(torch.empty(1, dtype=torch.int64, device=mu.device).random_(), 0)
+    seed = torch.empty(1, dtype=torch.int64, device=generator.device)
+    seed.random_(-(2**63), 2**63 - 1, generator=generator)
     return PhiloxNoise(seed.to(mu.device, non_blocking=True), 0)
 
 

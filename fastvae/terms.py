@@ -7,16 +7,22 @@ import torch
 from torch import Tensor
 
 from . import _checks, reference
-from ._options import Clamp, ElboTensors, FloorOptions
+from ._options import Clamp, FloorOptions
 from .likelihoods import Gaussian, Likelihood, Scaled
 from .regularizers import Capacity, FreeBits
 
 Weight = float | Tensor
+Maybe = Tensor | None
+Posterior = tuple[Maybe, Maybe, Maybe, Maybe, Maybe]  # mu, logvar, the prior's, kl
+# what an op takes of latents: tensors, factor on the sum of the KL, bounds, free bits by element
+ForOp = tuple[Posterior, float, Clamp | None, FloorOptions | None]
 
 
 def normalizer(reduction: str, tensor: Tensor) -> float:
     """Factor on the sum of a term; NaN where torch's mean over nothing is."""
-    divisor = {"batchmean": tensor.shape[0], "mean": tensor.numel(), "sum": 1, "none": 1}[reduction]
+    if reduction == "sum" or reduction == "none":
+        return 1.0
+    divisor = tensor.shape[0] if reduction == "batchmean" else tensor.numel()
     return 1.0 / divisor if divisor else float("nan")
 
 
@@ -66,11 +72,11 @@ class Latents(NamedTuple):
         return like.shape[0]
 
     @property
-    def tensors(self) -> ElboTensors:
-        prior_mu, prior_logvar = self.prior or (None, None)
-        if self.kl is not None:
-            return ElboTensors(kl=self.kl)
-        return ElboTensors(mu=self.mu, logvar=self.logvar, prior_mu=prior_mu, prior_logvar=prior_logvar)
+    def for_op(self) -> ForOp:
+        tensors: Posterior = (None, None, None, None, self.kl)
+        if self.kl is None:
+            tensors = (self.mu, self.logvar, *(self.prior or (None, None)), None)
+        return tensors, self.normalizer, self.logvar_clamp, self.floor
 
     @property
     def floor(self) -> FloorOptions | None:

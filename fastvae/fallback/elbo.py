@@ -20,39 +20,38 @@ def elbo_fwd(
     written: buffers for recon_weight times the gradients of the recon term by recon and log_scale, or None.
     """
     dtype = compute_dtype(*tensors[:-1])
-    recon_term = kl_term = floored = None
+    like = next(t for t in tensors if t is not None)
+    # plain numbers wherever the host may read them: arithmetic on those costs nothing
+    recon_term: Coefficient = 0.0
+    kl_term: Coefficient = 0.0
+    floored: Coefficient | None = None
     if tensors.recon is not None:
-        row_weight, number = options.row_weight, 0.0
-        if written.recon is not None and row_weight is None:
-            number = options.recon_scale * _number(options.recon_weight)
+        weight: Coefficient = 0.0
+        if written.recon is not None:
+            weight = options.recon_scale * _number(options.recon_weight)
+            weight = weight if options.row_weight is None else options.row_weight
         images = _images(tensors, written)
-        recon_term = sum_errors(
-            images, number if row_weight is None else row_weight, options.error, per_sample=options.per_sample
-        )
-        recon_term = _scaled(recon_term.to(dtype), options.recon_scale)
+        errors = sum_errors(images, weight, options.error, per_sample=options.per_sample)
+        recon_term = _scaled(_value(errors), options.recon_scale)
         if options.recon_constant:
             recon_term = recon_term + options.recon_constant
     kl = tensors.kl
     if kl is None and tensors.mu is not None:
-        kl, floored = kl_terms(tensors, options, dtype)
+        kl, raised = kl_terms(tensors, options, dtype)
+        floored = None if raised is None else _reduced(raised, options)
     if kl is not None:
         kl_term = _reduced(kl.to(dtype), options)
-        kl_term = kl_term.clone() if kl_term is tensors.kl else kl_term
-        floored = None if floored is None else _reduced(floored, options)
-    if recon_term is None or kl_term is None:
-        only = recon_term if recon_term is not None else kl_term
-        assert only is not None
-        nothing = torch.zeros_like(only)
-        recon_term, kl_term = (nothing, kl_term) if recon_term is None else (recon_term, nothing)
-    assert kl_term is not None
+    weighed = kl_term if floored is None else floored
+    loss = _scaled(recon_term, _value(options.recon_weight)) + _scaled(weighed, _value(options.beta))
+    results = [_result(t, like, dtype, options) for t in (loss, recon_term, kl_term)]
+    if results[2] is tensors.kl:
+        results[2] = results[2].clone()
     weights = None
     if isinstance(options.recon_weight, Tensor) or isinstance(options.beta, Tensor):
         weights = torch.stack(
-            [torch.as_tensor(w, dtype=dtype, device=recon_term.device) for w in (options.recon_weight, options.beta)]
+            [torch.as_tensor(w, dtype=dtype, device=like.device) for w in (options.recon_weight, options.beta)]
         )
-    weighed = kl_term if floored is None else floored
-    loss = _scaled(recon_term, options.recon_weight) + _scaled(weighed, options.beta)
-    return loss, recon_term, kl_term, floored, weights
+    return *results, None if floored is None else _result(floored, like, dtype, options), weights
 
 
 def elbo_bwd(
@@ -104,8 +103,16 @@ def _images(tensors: ElboTensors, gradients: ElboTensors) -> Images:
     )
 
 
-def _reduced(kl: Tensor, options: ElboOptions) -> Tensor:
-    return _scaled(kl if options.per_sample else kl.sum(), options.kl_scale)
+def _reduced(kl: Tensor, options: ElboOptions) -> Coefficient:
+    return _scaled(kl if options.per_sample else _value(kl.sum()), options.kl_scale)
+
+
+def _result(term: Coefficient, like: Tensor, dtype: torch.dtype, options: ElboOptions) -> Tensor:
+    if isinstance(term, Tensor):
+        return term.to(dtype)
+    if options.per_sample:
+        return like.new_full(like.shape[:1], term, dtype=dtype)
+    return torch.scalar_tensor(term, dtype=dtype, device=like.device)
 
 
 def _number(weight: Coefficient) -> float:
@@ -130,7 +137,7 @@ def _value(number: Coefficient) -> Coefficient:
     return number
 
 
-def _scaled(term: Tensor, weight: Coefficient) -> Tensor:
+def _scaled(term: Coefficient, weight: Coefficient) -> Coefficient:
     return term if isinstance(weight, float | int) and weight == 1 else term * weight
 
 

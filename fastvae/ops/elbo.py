@@ -98,12 +98,12 @@ class ElboFunction(torch.autograd.Function):
             )
         if torch.is_grad_enabled():  # create_graph=True: the kernels are not differentiable, the reference is
             inputs = apart(given)
-            *tensors, beta, recon_weight = _placed(fields, inputs)
+            *aliases, beta, recon_weight = _placed(fields, inputs)
             if beta is not None:
                 options = options._replace(beta=beta)
             if recon_weight is not None:
                 options = options._replace(recon_weight=recon_weight)
-            outputs = reference.elbo(ElboTensors(*tensors), options)
+            outputs = reference.elbo(ElboTensors(*aliases), options)
             return None, None, *gradients_through(outputs, upstream, inputs, wanted)
 
         dloss, drecon_term, *dkl_terms = upstream

@@ -191,7 +191,8 @@ def elbo_fwd(tensors: Any, written: Any, options: Any) -> tuple[Tensor, Tensor, 
     recon_partials = None if plan.recon_sums is None else new(plan.recon_sums, dtype=plan.recon_dtype)
     kl_partials = kl if plan.kl_sums is None else new(plan.kl_sums, dtype=plan.kl_dtype)
     floored_partials = None if options.floor is None or kl_partials is None else torch.empty_like(kl_partials)
-    loss, recon_term, kl_term = (new(plan.shape, dtype=plan.dtype) for _ in range(3))
+    loss = new(plan.shape, dtype=plan.dtype)
+    recon_term, kl_term = torch.empty_like(loss), torch.empty_like(loss)
     floored_term = None if options.floor is None else torch.empty_like(loss)
     beta, recon_weight, row_weight = options.beta, options.recon_weight, options.row_weight
     on_device = isinstance(recon_weight, Tensor) or isinstance(beta, Tensor)

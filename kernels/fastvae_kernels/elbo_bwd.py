@@ -205,7 +205,7 @@ class _Plan(NamedTuple):
     likelihood: Any
     bounds: Any
     strides: Upstream
-    factors: tuple[int, int]  # recon_scale, kl_scale
+    factors: tuple[Any, Any]  # recon_scale, kl_scale
     programs: int
     n_kl: int
     kl_dtype: tl.dtype
