@@ -56,11 +56,12 @@ def use_backend(name: Backend) -> Iterator[None]:
 
 
 def _choice() -> str:
-    return (
-        _context_choice.get()
-        or _process_choice
-        or _checked(os.environ.get("FASTVAE_BACKEND", "auto"), "FASTVAE_BACKEND")
-    )
+    return _context_choice.get() or _process_choice or _environment_choice()
+
+
+@cache
+def _environment_choice() -> str:
+    return _checked(os.environ.get("FASTVAE_BACKEND", "auto"), "FASTVAE_BACKEND")
 
 
 @cache

@@ -13,6 +13,9 @@ TENSOR = torch.ones(1)
 def _clean_choice(monkeypatch):
     monkeypatch.setattr(_backend, "_process_choice", None)
     monkeypatch.delenv("FASTVAE_BACKEND", raising=False)
+    _backend._environment_choice.cache_clear()  # it is read once
+    yield
+    _backend._environment_choice.cache_clear()
 
 
 def test_cpu_tensors_get_pytorch_unless_the_kernels_are_asked_for():
@@ -41,7 +44,9 @@ def test_environment(monkeypatch):
     assert _backend.backend_of(TENSOR) == "triton"
     fastvae.set_backend("auto")
     assert _backend.backend_of(TENSOR) == "torch"
-    monkeypatch.setattr(_backend, "_process_choice", None)
+
+
+def test_unknown_backend_in_the_environment(monkeypatch):
     monkeypatch.setenv("FASTVAE_BACKEND", "cuda")
     with pytest.raises(ValueError, match="FASTVAE_BACKEND must be one of 'auto', 'triton', 'torch'; got 'cuda'"):
         _backend.backend_of(TENSOR)

@@ -43,15 +43,15 @@ def elbo_fwd(
         kl_term = _reduced(kl.to(dtype), options)
     weighed = kl_term if floored is None else floored
     loss = _scaled(recon_term, _value(options.recon_weight)) + _scaled(weighed, _value(options.beta))
-    results = [_result(t, like, dtype, options) for t in (loss, recon_term, kl_term)]
-    if results[2] is tensors.kl:
-        results[2] = results[2].clone()
+    loss, recon_term, kl_term = (_result(t, like, dtype, options) for t in (loss, recon_term, kl_term))
+    kl_term = kl_term.clone() if kl_term is tensors.kl else kl_term
+    floored = None if floored is None else _result(floored, like, dtype, options)
     weights = None
     if isinstance(options.recon_weight, Tensor) or isinstance(options.beta, Tensor):
         weights = torch.stack(
             [torch.as_tensor(w, dtype=dtype, device=like.device) for w in (options.recon_weight, options.beta)]
         )
-    return *results, None if floored is None else _result(floored, like, dtype, options), weights
+    return loss, recon_term, kl_term, floored, weights
 
 
 def elbo_bwd(
