@@ -12,6 +12,7 @@ from tests.support.aot import TARGETS, DryRun, report
 from tests.support.kernel_cases import (
     CASES,
     HUGE,
+    LIKELIHOODS,
     ODD,
     ODD_BATCH,
     ODD_RANGES,
@@ -50,9 +51,19 @@ USUAL = [
     Case("whole_loss", BF16, U8, shape=ODD, latent_cols=32),
     *(Case("stats", dtype, shape=ODD_RANGES, clamp=True) for dtype in (F32, BF16)),
 ]
+# every way through the loss that a user can choose
+CHOSEN = [
+    *(Case("loss", F32, shape=ODD, options=(name,)) for name in LIKELIHOODS),
+    *(Case("loss", BF16, U8, shape=ODD, options=(name,)) for name in (*LIKELIHOODS, "shifted")),
+    *(Case("loss", BF16, F32, shape=ODD, options=(name,)) for name in ("gaussian", "scaled_l1", "mask", "target")),
+    *(Case("loss", F32, shape=ODD, options=(name,)) for name in ("gaussian", "scaled_sample", "weight")),
+    *(Case("whole_loss", F32, shape=ODD, options=(name,)) for name in ("prior", "dim", "dim_mask")),
+    Case("whole_loss", BF16, U8, shape=ODD, clamp=True, options=("dim", "mask", "bernoulli")),
+]
 MATRIX = [
-    *((case, "sm_90") for case in (*CASES, *SPECIAL)),
+    *((case, "sm_90") for case in (*CASES, *SPECIAL, *CHOSEN)),
     *((case, target) for target in TARGETS if target != "sm_90" for case in USUAL),
+    *((case, target) for target in TARGETS if target != "sm_90" for case in CHOSEN if case.dtype == BF16),
 ]
 ON_NVIDIA = [(case, target) for case, target in MATRIX if target in NVIDIA]
 

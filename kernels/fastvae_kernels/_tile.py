@@ -210,9 +210,9 @@ def is_whole(first_row, first_col, at):
 
 
 @triton.jit
-def load(ptrs, mask, DTYPE: tl.constexpr):
-    """Load into the dtype of arithmetic. A mask of None keeps 16-byte accesses; masked-off elements read as 0."""
-    values = tl.load(ptrs) if mask is None else tl.load(ptrs, mask=mask, other=0.0)
+def load(ptrs, mask, DTYPE: tl.constexpr, other=0.0):
+    """Load into the dtype of arithmetic. A mask of None keeps 16-byte accesses; masked-off elements read as `other`."""
+    values = tl.load(ptrs) if mask is None else tl.load(ptrs, mask=mask, other=other)
     return values.to(DTYPE)
 
 

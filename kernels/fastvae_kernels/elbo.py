@@ -163,7 +163,7 @@ def _plan(tensors: Any, drecon: Any, dlog_scale: Any, constants: tuple[Any, ...]
     tiles = fold_tile(n_rows, n_recon), fold_tile(n_rows, n_kl)
     block_rows = min(rows for rows, _ in tiles)
     return _Plan(
-        *(image, latent, likelihood(error, target is not None and target.dtype == torch.uint8)),
+        *(image, latent, likelihood(error, images.recon, target)),
         bounds_of(logvar_clamp, floor),
         (image.n_rows, image.n_partials) if image.programs else None,
         accumulator(recon, target, log_scale),

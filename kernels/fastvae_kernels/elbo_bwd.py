@@ -222,7 +222,7 @@ def _plan(tensors: Any, upstream: Any, gradients: Any, constants: tuple[Any, ...
     latent = part(latents, any(latents[4:]), per_sample, ONE_TILE_EACH)
     n_kl = 0 if dkl is None else math.prod(dkl.shape)
     return _Plan(
-        *(image, latent, likelihood(error, target is not None and target.dtype == torch.uint8)),
+        *(image, latent, likelihood(error, images.recon, target)),
         bounds_of(logvar_clamp, floor),
         Upstream(*(t.strides[0] if t is not None and t.shape else 0 for t in upstream)),
         (host_scalar(recon_scale), host_scalar(kl_scale)),

@@ -47,7 +47,7 @@ def image_tile(images, ptrs, likelihood, coefficient, mask, DTYPE: tl.constexpr)
 
     `images` tells what there is, `ptrs` where.
     """
-    recon, target = load(ptrs.recon, mask, DTYPE), load(ptrs.target, mask, DTYPE)
+    recon, target = load(ptrs.recon, mask, DTYPE, likelihood.outside), load(ptrs.target, mask, DTYPE)
     if likelihood.target_scale != 1:
         target = target * likelihood.target_scale
     if likelihood.target_shift != 0:
@@ -72,6 +72,6 @@ def image_tile(images, ptrs, likelihood, coefficient, mask, DTYPE: tl.constexpr)
             _store(ptrs.dtarget, dtarget, selected, mask)
     if selected is not None:
         error = tl.where(selected, error, 0.0)
-    elif images.log_scale is not None or not likelihood.zero_at_zero:
+    elif images.log_scale is not None or not likelihood.zero_outside:
         error = error if mask is None else tl.where(mask, error, 0.0)
     return error

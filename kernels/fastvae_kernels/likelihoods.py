@@ -5,9 +5,9 @@ One generic kernel takes a pair as constants, so a new likelihood is a new pair 
 stand to the right of tensors: the interpreter knows no product of a constant and a tensor.
 """
 
-from functools import lru_cache
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 
@@ -22,7 +22,8 @@ class Likelihood(NamedTuple):
     parameter: Any
     target_scale: Any
     target_shift: Any
-    zero_at_zero: Any  # the error of (0, 0), which lanes outside the tensors hold, is 0: they need no mask
+    outside: Any  # what recon is read as in lanes outside the tensors; the target is 0 there, before its shift
+    zero_outside: Any  # their error is then 0, and needs no mask
 
 
 @triton.jit
@@ -181,12 +182,15 @@ PAIRS = {
     "bernoulli": (_bernoulli_error, _bernoulli_gradient),
     "bernoulli_probs": (_bernoulli_probs_error, _bernoulli_probs_gradient),
 }
-ZERO_AT_ZERO = {"l2", "l1", "huber"}
+ZERO_WHERE_EQUAL = {"l2", "l1", "huber"}
 
 
-@lru_cache
-def likelihood(options: Any, byte: bool) -> Likelihood:
-    """What kernels take for `options` (.name, .parameter, .target_scale, .target_shift, the last two for uint8)."""
+def likelihood(options: Any, recon: Any, target: Any) -> Likelihood:
+    """What kernels take for `options` (.name, .parameter, .target_scale, .target_shift, the last two for uint8) on
+    images of these metas.
+    """
+    byte = target is not None and target.dtype == torch.uint8
     scale, shift = (options.target_scale, options.target_shift) if byte else (1.0, 0.0)
-    constants = (options.parameter, scale, shift, options.name in ZERO_AT_ZERO and shift == 0)
+    exact = shift == 0 or torch.tensor(shift, dtype=recon.dtype).item() == shift
+    constants = (options.parameter, scale, shift, shift if exact else 0.0, options.name in ZERO_WHERE_EQUAL and exact)
     return Likelihood(*PAIRS[options.name], *map(tl.constexpr, constants))
