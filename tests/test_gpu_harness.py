@@ -89,11 +89,12 @@ def test_sweep_reaches_the_kernels():
 
     usual = _tile.tile(8, 1 << 20, 4)
     image = torch.empty(8, 1 << 12)
-    assert elbo.part([image], True, False).programs == image.numel() // usual.cols
+    images = _tile.metas([image])
+    assert elbo.part(images, True, False).programs == image.numel() // usual.cols
     with gpu_sweep.tiles(8192, 8, 4):
         assert elbo.NUM_WARPS == 8
         assert _tile.tile(8, 1 << 20, 4).cols == 2 * usual.cols
-        assert elbo.part([image], True, False).programs == 4
+        assert elbo.part(images, True, False).programs == 4
     assert _tile.tile(8, 1 << 20, 4) == usual
 
 
