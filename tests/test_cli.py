@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from fastvae.cli import doctor, main
 from fastvae.training import TrainingInterrupted
@@ -18,6 +20,7 @@ Image = pytest.importorskip("PIL.Image", reason=EXTRA)
 for package in ("matplotlib", "safetensors", "rich", "tyro"):
     pytest.importorskip(package, reason=EXTRA)
 commands = pytest.importorskip("fastvae.cli.commands", reason=EXTRA)
+inputs = pytest.importorskip("fastvae.cli.inputs", reason=EXTRA)
 progress = pytest.importorskip("fastvae.cli.progress", reason=EXTRA)
 
 TINY = ["--backbone", "mlp", "--hidden", "8", "--latent-dim", "3", "--batch-size", "8", "--device", "cpu"]
@@ -158,6 +161,58 @@ def test_evaluate_agrees_with_the_training(run, images_file, tmp_path, capsys):
 
     assert main(["evaluate", "--model", str(run / "model"), "--data", str(images_file), "--out", "all.json"]) == 0
     assert (figures["images"], json.loads((tmp_path / "all.json").read_text())["images"]) == (4, 40)
+
+
+def test_evaluate_bounds_the_likelihood_and_shows_outliers(run, tmp_path, capsys):
+    pytest.importorskip("skimage", reason="the quality of reconstructions needs the extra [photos]")
+    for samples in ("1", "200"):
+        arguments = ["--samples", samples, "--chunk", "64", "--outliers", "3", "--out", f"{samples}.json"]
+        assert main(["evaluate", "--model", str(run), *arguments]) == 0
+    one, many = (json.loads((tmp_path / f"{samples}.json").read_text()) for samples in ("1", "200"))
+    likelihood = many["likelihood"]
+    constant = 64 * 0.5 * math.log(math.pi)  # of "l2", a Gaussian of variance 1/2
+    assert likelihood["nll_elbo"] == pytest.approx(many["nats"] + constant, rel=1e-6)
+    assert likelihood["nll"] < one["likelihood"]["nll"] == pytest.approx(likelihood["nll_elbo"], rel=0.05)
+    assert likelihood["bits_per_dim"] == pytest.approx(likelihood["nll"] / (64 * math.log(2)) + 8)
+    images, *_ = inputs.load_images(run, inputs.load_model(run, "cpu"), None)
+    batch = torch.stack(list(images)).double() / 255
+    errors = (inputs.load_model(run, "cpu").reconstruct(batch) - batch).square().mean(dim=(1, 2, 3))
+    assert many["psnr"] == pytest.approx(float(-10 * errors.log10().mean()), rel=1e-5)
+    assert -0.2 < many["ssim"] < 0.6
+    worst = [outlier["nll"] for outlier in many["outliers"]]
+    assert worst == sorted(worst, reverse=True)
+    assert len(worst) == 3
+    assert worst[0] > likelihood["nll"]
+    assert grid_shape("200-outliers.png") == (2, 3)
+    assert "importance-weighted, K = 200" in capsys.readouterr().out
+    assert "must be at least 1" in error_of(capsys, "evaluate", "--model", str(run), "--samples", "0", "--force")
+    assert "200-outliers.png exists already" in error_of(
+        capsys, "evaluate", "--model", str(run), "--out", str(_without("200.json"))
+    )
+
+
+def _without(name):
+    Path(name).unlink()
+    return name
+
+
+def test_evaluate_says_what_it_misses(run, monkeypatch, capsys):
+    for module in ("skimage", "skimage.metrics"):
+        monkeypatch.setitem(sys.modules, module, None)
+    assert main(["evaluate", "--model", str(run), "--samples", "1", "--outliers", "0"]) == 0
+    assert 'need scikit-image: pip install "fastvae-triton[photos]"' in capsys.readouterr().out
+    assert json.loads(Path("evaluation.json").read_text())["psnr"] is None
+    assert not Path("evaluation-outliers.png").exists()
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", "bernoulli_probs", "gaussian", "gaussian_optimal", "scaled_l1"])
+def test_evaluate_knows_every_kind_of_likelihood(likelihood, images_file, tmp_path, capsys):
+    arguments = ["--data", str(images_file), "--out", "run", "--epochs", "1", "--likelihood", likelihood, *TINY]
+    assert main(["train", *arguments]) == 0
+    assert main(["evaluate", "--model", "run", "--samples", "50", "--outliers", "0"]) == 0
+    figures = json.loads((tmp_path / "evaluation.json").read_text())
+    assert figures["likelihood"]["nll"] < figures["likelihood"]["nll_elbo"]
+    assert figures["likelihood"]["of"].startswith("probability" if "bernoulli" in likelihood else "density")
 
 
 @pytest.mark.parametrize("command", ["sample", "reconstruct", "interpolate", "evaluate"])

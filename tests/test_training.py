@@ -359,7 +359,7 @@ def test_evaluation_against_the_formulas_in_float64(batch_size):
         model.encoder[-1].weight[:2] *= 0  # ... in all but two dimensions
     images = blobs(20)
     before = torch.get_rng_state()
-    evaluation, latents, loss = evaluate(model, data.ArrayImages(images), batch_size=batch_size)
+    evaluation, latents, loss, _ = evaluate(model, data.ArrayImages(images), batch_size=batch_size)
     assert torch.equal(torch.get_rng_state(), before)
     assert model.training
     evaluate(model.eval(), data.ArrayImages(images))

@@ -1,6 +1,8 @@
 """What a model is worth on images: its ELBO, what the latent space is used for, and a baseline without latents."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeGuard
 
@@ -59,6 +61,7 @@ class Scores(NamedTuple):
     evaluation: Evaluation
     latents: Latents
     loss: float  # what training minimises, with its weights and regularisers; mean over the batches
+    log_scale: float | None  # the optimal one of all images, where the likelihood has such a scale
 
 
 @torch.no_grad()
@@ -83,24 +86,24 @@ def evaluate(model: VAE | Objective, dataset: Dataset[Any], *, batch_size: int =
     n_images = 0
     means = []
     kl_per_dim = torch.zeros(())
-    was_training = objective.model.training
-    objective.eval()
-    for batch in all_batches(dataset, batch_size, workers=workers, device=device):
-        images = batch.to(device, non_blocking=True)
-        dimensions = images[0].numel()
-        out, terms = objective(images, seed=EVALUATION_SEED, offset=n_images * latent_dim)
-        loss += terms.loss.item() * len(images)
-        recon += terms.recon.item() * len(images)
-        kl += terms.kl.item() * len(images)
-        if has_optimal_scale(likelihood):
-            error += error_sum(likelihood.base, out.recon, images)
-        mu, logvar = (t.float().flatten(1) for t in (out.mu, out.logvar))
-        means.append(mu.cpu())
-        kl_per_dim = kl_per_dim + kl_elements(mu, logvar).sum(dim=0).cpu()
-        n_images += len(images)
-    objective.train(was_training)
+    with evaluation_mode(objective):
+        for batch in all_batches(dataset, batch_size, workers=workers, device=device):
+            images = batch.to(device, non_blocking=True)
+            dimensions = images[0].numel()
+            out, terms = objective(images, seed=EVALUATION_SEED, offset=n_images * latent_dim)
+            loss += terms.loss.item() * len(images)
+            recon += terms.recon.item() * len(images)
+            kl += terms.kl.item() * len(images)
+            if has_optimal_scale(likelihood):
+                error += error_sum(likelihood.base, out.recon, images)
+            mu, logvar = (t.float().flatten(1) for t in (out.mu, out.logvar))
+            means.append(mu.cpu())
+            kl_per_dim = kl_per_dim + kl_elements(mu, logvar).sum(dim=0).cpu()
+            n_images += len(images)
+    log_scale = None
     if has_optimal_scale(likelihood):
-        recon = nats_at_best_scale(likelihood, error, n_images * dimensions)
+        log_scale = best_log_scale(error, n_images * dimensions)
+        recon = nats_at_scale(likelihood, log_scale, error, n_images * dimensions)
     latents = Latents(torch.cat(means), kl_per_dim / n_images)
     nats = recon / n_images + kl / n_images
     evaluation = Evaluation(
@@ -112,7 +115,18 @@ def evaluate(model: VAE | Objective, dataset: Dataset[Any], *, batch_size: int =
         active_units=int(latents.active.sum()),
         latent_dim=latent_dim,
     )
-    return Scores(evaluation, latents, loss / n_images)
+    return Scores(evaluation, latents, loss / n_images, log_scale)
+
+
+@contextmanager
+def evaluation_mode(objective: Objective) -> Iterator[None]:
+    """Eval mode inside the block; afterwards the mode that the model came in."""
+    was_training = objective.model.training
+    objective.eval()
+    try:
+        yield
+    finally:
+        objective.train(was_training)
 
 
 def kl_elements(mu: Tensor, logvar: Tensor) -> Tensor:
@@ -158,10 +172,8 @@ def baseline_nats(
         dimensions = images[0].numel()
     if isinstance(likelihood, Gaussian | Scaled):
         fixed, n_elements = likelihood.log_scale, n_validation * dimensions
-        if isinstance(fixed, float):
-            error = nats_at_scale(likelihood, torch.tensor(fixed), error, n_elements)
-        else:
-            error = nats_at_best_scale(likelihood, error, n_elements)
+        log_scale = fixed if isinstance(fixed, float) else best_log_scale(error, n_elements)
+        error = nats_at_scale(likelihood, log_scale, error, n_elements)
     return error / n_validation
 
 
@@ -182,14 +194,14 @@ def error_sum(likelihood: Likelihood, recon: Tensor, images: Tensor) -> float:
     return fastvae.reconstruction_loss(recon, images, likelihood=likelihood, reduction="sum").item()
 
 
-def nats_at_best_scale(likelihood: Gaussian | Scaled, error: float, n_elements: int) -> float:
-    """Nats of elements whose errors sum up to `error`, at the scale that makes them fewest: the mean error."""
-    smallest = torch.finfo(torch.float64).tiny
-    return nats_at_scale(likelihood, torch.tensor(max(error / n_elements, smallest)).log(), error, n_elements)
+def best_log_scale(error: float, n_elements: int) -> float:
+    """Log of the scale under which elements whose errors sum up to `error` cost least: of the mean error."""
+    return math.log(max(error / n_elements, torch.finfo(torch.float64).tiny))
 
 
-def nats_at_scale(likelihood: Gaussian | Scaled, log_scale: Tensor, error: float, n_elements: int) -> float:
-    s = float(likelihood.clipped(log_scale.double()))
+def nats_at_scale(likelihood: Gaussian | Scaled, log_scale: float, error: float, n_elements: int) -> float:
+    """Nats of elements whose errors sum up to `error`."""
+    s = likelihood.clipped(log_scale)
     return float(likelihood.share) * (error * math.exp(-s) + n_elements * s) + n_elements * likelihood.constant
 
 

@@ -170,14 +170,15 @@ def train(
                     logged_at, logged_step = now, step
                 if step % steps_per_epoch == 0:
                     watch.check()
-                    scores, _, loss = evaluate(best, validation_set, workers=config.workers)
-                    log("validation", loss, scores.recon, scores.kl, lr=rate, beta=objective.beta_at(step))
+                    found = evaluate(best, validation_set, workers=config.workers)
+                    scores = found.evaluation
+                    log("validation", found.loss, scores.recon, scores.kl, lr=rate, beta=objective.beta_at(step))
                 if step % config.checkpoint_every == 0 or step == total_steps or pending.signal:
                     save()
                 if pending.signal:
                     raise TrainingInterrupted(run, step, pending.signal)
 
-    evaluation, latents, _ = evaluate(best, validation_set, workers=config.workers)
+    evaluation, latents, *_ = evaluate(best, validation_set, workers=config.workers)
     with naming_the_run(run), decode_to_images(best):
         write_json(run / "evaluation.json", {**asdict(evaluation), "baseline": baseline})
         drawn = pictures.save_all(run, best.model, validation_set, latents, records=metrics.records, baseline=baseline)

@@ -92,6 +92,12 @@ class Objective(nn.Module):
     def likelihood(self) -> Likelihood:
         return resolve(self.criterion.likelihood)
 
+    def fix_scale(self, log_scale: float) -> None:
+        """Put a number in the place of the likelihood's optimal scale."""
+        likelihood = self.likelihood
+        assert isinstance(likelihood, Gaussian | Scaled)
+        likelihood.log_scale = log_scale
+
     @property
     def decodes_logits(self) -> bool:
         return wants_logits(self.likelihood)
@@ -101,8 +107,7 @@ class Objective(nn.Module):
     ) -> tuple[VAEOutput, fastvae.VAELossTerms]:
         """Run the model on images, with the noise of torch's default generator or of `seed`, and take the loss."""
         out = self.run_model(images, seed, offset)
-        if isinstance(self.likelihood, BernoulliProbs):
-            out = out._replace(recon=out.recon.float().sigmoid())  # 16 bits have no probability between 0.998 and 1
+        out = out._replace(recon=self._as_likelihood_wants(out.recon))
         if _by_dimension(self.criterion.free_bits):  # which the KL of a whole image does not tell
             return out, self.criterion(out.recon, images, out.mu, out.logvar)
         return out, self.criterion(out.recon, images, kl=out.kl)
@@ -114,6 +119,21 @@ class Objective(nn.Module):
         mu, logvar = self.model.encode(images)
         z, kl = fastvae.reparameterize_kl(mu, logvar, seed=seed, offset=offset, logvar_clamp=self.logvar_clamp)
         return VAEOutput(self.model.decode(z), z, mu, logvar, kl)
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log variance of the posterior, within the clamp; each [B, *latent_shape]."""
+        posterior = self.model.posterior(images)
+        mu, logvar = posterior.mean, posterior.logvar
+        return mu, logvar if self.logvar_clamp is None else logvar.clamp(*self.logvar_clamp)
+
+    def reconstruction_nats(self, z: Tensor, images: Tensor) -> Tensor:
+        """[B]: nats of each image, given its latent; without what the likelihood leaves out."""
+        recon = self._as_likelihood_wants(self.model.decode(z))
+        return fastvae.reconstruction_loss(recon, images, likelihood=self.likelihood, reduction="none")
+
+    def _as_likelihood_wants(self, recon: Tensor) -> Tensor:
+        # 16 bits have no probability between 0.998 and 1
+        return recon.float().sigmoid() if isinstance(self.likelihood, BernoulliProbs) else recon
 
     def step(self) -> None:
         """Bring the schedules to the next optimizer step, on the device."""
