@@ -57,7 +57,9 @@ def philox(shape: torch.Size, seed: int | Tensor, offset: int, dtype: torch.dtyp
 
 def _int64(seed: int | Tensor) -> int | Tensor:
     """The int64 with the bits of seed mod 2^64."""
-    return seed if isinstance(seed, Tensor) else (seed + 2**63) % 2**64 - 2**63
+    if isinstance(seed, Tensor) or -(2**63) <= seed < 2**63:  # arithmetic on a traced int would overflow
+        return seed
+    return (seed + 2**63) % 2**64 - 2**63
 
 
 def _noise(

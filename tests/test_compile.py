@@ -101,6 +101,14 @@ def test_bad_input_is_named_in_a_compiled_region_too():
         compiled(torch.zeros(2, 3))
 
 
+def test_int_seeds_of_generated_code():
+    """The compiler makes a variable of a seed that changes: nothing computed with it may leave 64 bits."""
+    mu, logvar = torch.rand(2, 3), torch.rand(2, 3)
+    compiled = torch.compile(lambda seed: fastvae.reparameterize(mu, logvar, seed=seed), fullgraph=True)
+    for seed in (3, 2**62, -(2**40)):
+        torch.testing.assert_close(compiled(seed), fastvae.reparameterize(mu, logvar, seed=seed))
+
+
 class TestRecompilations:
     """How often a changed number makes torch compile again."""
 

@@ -2,6 +2,7 @@
 
 from fastvae.presets import PRESETS
 from fastvae.training import TrainConfig, train
+from fastvae.training.distributed import is_first_process
 
 from .evaluate import summary
 from .progress import reporter
@@ -40,6 +41,9 @@ WORDS = {
 
 def run(config: TrainConfig) -> int:
     """Train, report progress, and say where the results are."""
+    if not is_first_process():
+        train(config)
+        return 0
     with reporter() as report:
         result = train(config, on_event=report)
     print(f"\non {result.evaluation.images} validation images:\n{summary(result.evaluation, result.baseline)}")

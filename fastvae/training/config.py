@@ -43,7 +43,9 @@ class TrainConfig:
     epochs: int = 20
     """Passes over the training images."""
     batch_size: int = 128
-    """Images in a training step; images that do not fill a last batch wait for another epoch's order."""
+    """Images in a training step, of all processes together; those that fill no last batch wait for another epoch."""
+    accumulate: int = 1
+    """Parts that each process computes its share of a batch in, one after the other, to need less memory."""
     learning_rate: float = 2e-3
     """Peak learning rate of AdamW."""
     warmup_steps: int = 100
@@ -76,6 +78,10 @@ class TrainConfig:
     """Units of the hidden layers (mlp)."""
     latent_channels: int = 4
     """Channels of the latent map (autoencoder_kl)."""
+    channels_last: bool = False
+    """Keep images and convolutions in the memory format that GPUs convolve fastest in."""
+    compile: bool = False
+    """Let torch.compile generate code for the model and its loss."""
     checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them."""
     preset: str | None = None
@@ -131,6 +137,7 @@ class TrainConfig:
         for name in (
             "epochs",
             "batch_size",
+            "accumulate",
             "log_every",
             "checkpoint_every",
             "latent_dim",

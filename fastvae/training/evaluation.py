@@ -8,13 +8,14 @@ from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 import fastvae
 from fastvae.likelihoods import L1, L2, Bernoulli, BernoulliProbs, Gaussian, Likelihood, Scaled
 from fastvae.models import VAE
 
 from .batches import all_batches
+from .distributed import ALONE, World
 from .metrics import bits_per_dim
 from .objective import Objective
 
@@ -65,7 +66,14 @@ class Scores(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(model: VAE | Objective, dataset: Dataset[Any], *, batch_size: int = 512, workers: int = 0) -> Scores:
+def evaluate(
+    model: VAE | Objective,
+    dataset: Dataset[Any],
+    *,
+    batch_size: int = 512,
+    workers: int = 0,
+    world: World = ALONE,
+) -> Scores:
     """Negative ELBO of `model` on all images of `dataset`, one posterior sample each, and their posteriors.
 
     The noise is a function of the image's index, so the result does not depend on the batch size (its `loss` does where
@@ -77,20 +85,24 @@ def evaluate(model: VAE | Objective, dataset: Dataset[Any], *, batch_size: int =
         dataset: Images [channels, height, width], uint8 or float in [0, 1].
         batch_size: Images at once.
         workers: Processes that load images.
+        world: Processes that share the images; all get the result.
     """
     objective = model if isinstance(model, Objective) else Objective(model)
     device = next(objective.parameters()).device
     likelihood = objective.likelihood
     loss = recon = kl = error = 0.0
-    dimensions, latent_dim = 1, math.prod(objective.model.config.latent_shape)
-    n_images = 0
-    means = []
-    kl_per_dim = torch.zeros(())
+    dimensions, latent_dim = (
+        math.prod(objective.model.config.image_shape),
+        math.prod(objective.model.config.latent_shape),
+    )
+    own = world.part(len(dataset))  # type: ignore[arg-type]
+    place = own.start
+    means = [torch.empty(0, latent_dim)]
+    kl_per_dim = torch.zeros(latent_dim)
     with evaluation_mode(objective):
-        for batch in all_batches(dataset, batch_size, workers=workers, device=device):
+        for batch in all_batches(Subset(dataset, own), batch_size, workers=workers, device=device):
             images = batch.to(device, non_blocking=True)
-            dimensions = images[0].numel()
-            out, terms = objective(images, seed=EVALUATION_SEED, offset=n_images * latent_dim)
+            out, terms = objective(images, seed=EVALUATION_SEED, offset=place * latent_dim)
             loss += terms.loss.item() * len(images)
             recon += terms.recon.item() * len(images)
             kl += terms.kl.item() * len(images)
@@ -99,12 +111,16 @@ def evaluate(model: VAE | Objective, dataset: Dataset[Any], *, batch_size: int =
             mu, logvar = (t.float().flatten(1) for t in (out.mu, out.logvar))
             means.append(mu.cpu())
             kl_per_dim = kl_per_dim + kl_elements(mu, logvar).sum(dim=0).cpu()
-            n_images += len(images)
+            place += len(images)
+    sums = torch.tensor([loss, recon, kl, error, place - own.start], dtype=torch.float64)
+    loss, recon, kl, error, n_images = world.sum(sums).tolist()
+    n_images = int(n_images)
+    kl_per_dim = world.sum(kl_per_dim)
     log_scale = None
     if has_optimal_scale(likelihood):
         log_scale = best_log_scale(error, n_images * dimensions)
         recon = nats_at_scale(likelihood, log_scale, error, n_images * dimensions)
-    latents = Latents(torch.cat(means), kl_per_dim / n_images)
+    latents = Latents(world.joined(torch.cat(means)), kl_per_dim / n_images)
     nats = recon / n_images + kl / n_images
     evaluation = Evaluation(
         images=n_images,

@@ -3,12 +3,13 @@
 import math
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from signal import Signals
 from typing import Any, cast
 
 import torch
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import Dataset
 
@@ -19,6 +20,7 @@ from .._files import write_json
 from .batches import epoch_order, load_batches, stack_images
 from .checkpoint import CHECKPOINT_FILE, load_checkpoint, save_checkpoint
 from .config import CONFIG_FILE, TrainConfig
+from .distributed import World, own_device, resumed_after_restart, world_of
 from .evaluation import Evaluation, baseline_nats, evaluate
 from .events import Event, Finished, Logged, Saved, Started
 from .interruption import TrainingInterrupted, deferred_signals
@@ -26,6 +28,7 @@ from .metrics import FiniteWatch, RunningMean, bits_per_dim
 from .objective import Objective, decode_to_images
 from .run_folder import MetricsFile, choose_run_folder, naming_the_run
 from .schedule import learning_rate
+from .step import accumulated, shared_batch_size
 
 # devices where reading a value waits for nothing; on others the loss is checked when it is read anyway
 CHECKED_EACH_STEP = frozenset({"cpu"})
@@ -56,10 +59,14 @@ def train(
     On a CPU the weights follow from the config bit for bit, however often the run was stopped and resumed. torch's
     default random generators are reseeded. SIGINT and SIGTERM are acted on between two steps while training.
 
+    Under torchrun, or in a process group that exists, all processes train as one: each takes its share of every batch,
+    with the noise that a single process would draw there, so their number changes results by rounding alone. The first
+    one writes the files. Processes that torchrun starts anew go on from the last checkpoint in `config.out`.
+
     Args:
         config: Options of the run.
         dataset: Images [C, H, W], uint8 or float in [0, 1], or tuples that start with one; `config.data` if None.
-        on_event: Called with each `Event`, in the thread of the training.
+        on_event: Called with each `Event`, in the thread of the training; by the first process alone.
 
     Returns:
         Where the results are, and the final figures.
@@ -74,25 +81,42 @@ def train(
     # here: matplotlib is slow to load, and missing it should show before the training, not after
     from . import pictures
 
-    notify = on_event or (lambda event: None)
-    device = resolve_device(config.device)
-    run = choose_run_folder(config)
+    config = resumed_after_restart(config)
+    device = own_device(resolve_device(config.device))
+    with world_of(device) as world:
+        return _train(config, dataset, device, world, on_event, pictures.save_all)
+
+
+def _train(
+    config: TrainConfig,
+    dataset: Dataset[Any] | None,
+    device: torch.device,
+    world: World,
+    on_event: Callable[[Event], None] | None,
+    draw: Callable[..., list[Path]],
+) -> TrainResult:
+    notify = on_event if on_event is not None and world.is_first else lambda event: None
+    run = world.from_first(choose_run_folder(config) if world.is_first else None)
     if dataset is None:
         dataset = data.load(config.data, image_size=config.image_size)
     train_set, validation_set = data.split(dataset, validation=config.validation)
     shape = tuple(stack_images([train_set[0]]).shape[1:])
-    batch_size = min(config.batch_size, len(train_set))
+    batch_size = shared_batch_size(config, len(train_set), world.size)
     steps_per_epoch = len(train_set) // batch_size
     total_steps = config.epochs * steps_per_epoch
 
     torch.manual_seed(config.seed)
     model = VAE(model_config(config, shape)).to(device)
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     objective = Objective.of(config, model, batch_size=batch_size, total_steps=total_steps).to(device)
     baseline = baseline_nats(train_set, validation_set, objective.likelihood, workers=config.workers)
     parameters = list(objective.parameters())
     optimizer = make_optimizer(config, objective)
     averaged = averaged_over_steps(objective, config.ema) if config.ema else None
     best = cast(Objective, averaged.module) if averaged else objective  # to evaluate, draw and export
+    module: nn.Module = cast(nn.Module, torch.compile(objective)) if config.compile else objective
+    module = world.wrap(module, device)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     running = RunningMean(device)
     watch = FiniteWatch(device)
@@ -106,10 +130,13 @@ def train(
         step = state["step"]
         for name, part in stateful.items():
             part.load_state_dict(state.get(name, {}))
-    with naming_the_run(run):
-        run.mkdir(parents=True, exist_ok=True)
-        write_json(run / CONFIG_FILE, replace(config, out=run, resume=None).to_json())
-        metrics = MetricsFile(run / "metrics.jsonl", step=step)
+    records: list[dict[str, Any]] = []
+    if world.is_first:
+        with naming_the_run(run):
+            run.mkdir(parents=True, exist_ok=True)
+            write_json(run / CONFIG_FILE, replace(config, out=run, resume=None).to_json())
+            metrics = MetricsFile(run / "metrics.jsonl", step=step)
+            records = metrics.records
     n_parameters = sum(p.numel() for p in parameters)
     notify(Started(run, str(device), len(train_set), len(validation_set), n_parameters, step, total_steps, baseline))
 
@@ -118,12 +145,16 @@ def train(
         record = {"step": step, "epoch": -(-step // steps_per_epoch), "split": split}
         record |= {"loss": loss, "recon": recon, "kl": kl, "nats": nats}
         record |= {"bits_per_dim": bits_per_dim(nats, math.prod(shape)), **more}
-        with naming_the_run(run):
-            metrics.append(record)
+        if world.is_first:
+            with naming_the_run(run):
+                metrics.append(record)
         notify(Logged(record))
 
     def save() -> None:
         watch.check()  # never replace a good checkpoint by a broken one
+        running.join(world)
+        if not world.is_first:
+            return
         state = {name: part.state_dict() for name, part in stateful.items()}
         with naming_the_run(run):
             save_checkpoint(run / CHECKPOINT_FILE, config=config, images=images_id, state={"step": step, **state})
@@ -134,17 +165,19 @@ def train(
         while step < total_steps:
             epoch, done = divmod(step, steps_per_epoch)
             order = epoch_order(len(train_set), batch_size, seed=config.seed, epoch=epoch)[done:]
+            own = world.part(batch_size)
+            own_order = [batch[own.start : own.stop] for batch in order]
             logged_at, logged_step = time.perf_counter(), step
-            for batch in load_batches(train_set, order, workers=config.workers, device=device):
-                images = batch.to(device, non_blocking=True)
+            for batch in load_batches(train_set, own_order, workers=config.workers, device=device):
                 rate = learning_rate(
                     step, peak=config.learning_rate, warmup_steps=config.warmup_steps, total_steps=total_steps
                 )
                 for group in optimizer.param_groups:
                     group["lr"] = rate
-                with autocast(device, config.precision):
-                    _, terms = objective(images)
-                scaler.scale(terms.loss).backward()
+                images = batch.to(device, non_blocking=True)
+                if config.channels_last:
+                    images = images.contiguous(memory_format=torch.channels_last)
+                terms = accumulated(config, objective, module, images, own.start, step, scaler, world)
                 scaler.unscale_(optimizer)
                 norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
                 scaler.step(optimizer)
@@ -166,22 +199,25 @@ def train(
                     speed = (step - logged_step) * batch_size / (now - logged_at)
                     beta, learned = objective.beta_at(step - 1), objective.learned_scale()
                     scale = {} if learned is None else {"log_scale": learned.item()}
-                    log("train", *running.take(), lr=rate, beta=beta, **scale, images_per_second=speed)
+                    log("train", *running.take(world), lr=rate, beta=beta, **scale, images_per_second=speed)
                     logged_at, logged_step = now, step
                 if step % steps_per_epoch == 0:
                     watch.check()
-                    found = evaluate(best, validation_set, workers=config.workers)
+                    found = evaluate(best, validation_set, workers=config.workers, world=world)
                     scores = found.evaluation
                     log("validation", found.loss, scores.recon, scores.kl, lr=rate, beta=objective.beta_at(step))
-                if step % config.checkpoint_every == 0 or step == total_steps or pending.signal:
+                signal = world.largest(pending.signal or 0)  # all stop at one step, whoever was told to
+                if step % config.checkpoint_every == 0 or step == total_steps or signal:
                     save()
-                if pending.signal:
-                    raise TrainingInterrupted(run, step, pending.signal)
+                if signal:
+                    raise TrainingInterrupted(run, step, Signals(signal))
 
-    evaluation, latents, *_ = evaluate(best, validation_set, workers=config.workers)
-    with naming_the_run(run), decode_to_images(best):
-        write_json(run / "evaluation.json", {**asdict(evaluation), "baseline": baseline})
-        drawn = pictures.save_all(run, best.model, validation_set, latents, records=metrics.records, baseline=baseline)
+    evaluation, latents, *_ = evaluate(best, validation_set, workers=config.workers, world=world)
+    drawn: list[Path] = []
+    if world.is_first:
+        with naming_the_run(run), decode_to_images(best):
+            write_json(run / "evaluation.json", {**asdict(evaluation), "baseline": baseline})
+            drawn = draw(run, best.model, validation_set, latents, records=records, baseline=baseline)
     notify(Finished(run, evaluation, drawn))
     return TrainResult(run, evaluation, baseline, drawn)
 
@@ -234,10 +270,3 @@ def model_config(config: TrainConfig, shape: tuple[int, ...]) -> VAEConfig:
         latent_channels=config.latent_channels,
         checkpointing=config.checkpointing,
     )
-
-
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """Autocast to the precision asked for; nothing for fp32."""
-    if precision == "fp32":
-        return nullcontext()
-    return torch.autocast(device.type, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[precision])

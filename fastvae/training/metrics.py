@@ -7,6 +7,8 @@ from torch import Tensor
 
 from fastvae import VAELossTerms
 
+from .distributed import World
+
 
 class NonFiniteLossError(ArithmeticError):
     """The loss or its gradient became infinite or NaN; the message says when and what to try."""
@@ -37,12 +39,16 @@ class RunningMean:
         self.sums += torch.stack([terms.loss, terms.recon, terms.kl]).detach()
         self.steps += 1
 
-    def take(self) -> tuple[float, float, float]:
-        """The means of (loss, recon, kl), and a new start."""
-        loss, recon, kl = (self.sums / self.steps).tolist()
+    def take(self, world: World) -> tuple[float, float, float]:
+        """The means of (loss, recon, kl) over steps and processes, and a new start."""
+        loss, recon, kl = (world.sum(self.sums) / (self.steps * world.size)).tolist()
         self.sums.zero_()
         self.steps = 0
         return loss, recon, kl
+
+    def join(self, world: World) -> None:
+        """Let every process hold the mean over all of them, as one that takes over from them will."""
+        self.sums = world.sum(self.sums) / world.size
 
     def state_dict(self) -> dict[str, Tensor | int]:
         return {"sums": self.sums.clone(), "steps": self.steps}

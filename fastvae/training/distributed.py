@@ -1,0 +1,140 @@
+"""Several processes that train as one: who they are, what they add up, and how their module is wrapped."""
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .checkpoint import CHECKPOINT_FILE
+from .config import CONFIG_FILE, TrainConfig
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run; a single one unless torchrun started several.
+
+    Every process calls each method at the same place of the program: they wait for each other there.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes files and reports."""
+        return self.rank == 0
+
+    def part(self, n: int) -> range:
+        """This process's share of n things in a row; shares differ by one at most."""
+        return range(self.rank * n // self.size, (self.rank + 1) * n // self.size)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def joined(self, tensor: Tensor) -> Tensor:
+        """The CPU tensors of all processes, one after the other."""
+        if self.size == 1:
+            return tensor
+        parts: list[Any] = [None] * self.size
+        dist.all_gather_object(parts, tensor)
+        return torch.cat(parts)
+
+    def largest(self, number: int) -> int:
+        """The largest of the processes' numbers, which no GPU has to wait for."""
+        if self.size == 1:
+            return number
+        found = torch.tensor(number)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return int(found)
+
+    def from_first(self, value: Any) -> Any:
+        """What the first process has."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def wrap(self, module: nn.Module, device: torch.device) -> nn.Module:
+        """The module that averages gradients over the processes in its backward pass."""
+        if self.size == 1:
+            return module
+        ids = [device] if device.type == "cuda" else None
+        return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
+
+    def without_averaging(self, module: nn.Module) -> AbstractContextManager[Any]:
+        """For backward passes whose gradients only add up to those of a later one."""
+        return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()
+
+
+ALONE = World()
+
+
+@contextmanager
+def world_of(device: torch.device) -> Iterator[World]:
+    """Join the processes that torchrun started, over gloo and, for GPUs, NCCL; alone without torchrun.
+
+    A process group that exists already is used, and left as it is.
+    """
+    if dist.is_available() and dist.is_initialized():
+        yield World(dist.get_rank(), dist.get_world_size())
+        return
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield ALONE
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    store, rank, size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+    # torchrun keeps its store through restarts: without a prefix the addresses of those who fell are found there
+    store = dist.PrefixStore(f"attempt {restarts()}", store)  # type: ignore[attr-defined]
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size
+    )
+    try:
+        yield World(dist.get_rank(), dist.get_world_size())
+        dist.barrier()  # who leaves while the first one still draws would be taken for fallen
+    finally:
+        dist.destroy_process_group()
+
+
+def restarts() -> int:
+    """How many times torchrun has started the processes anew."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def is_first_process() -> bool:
+    """Whether this process reports, known before any group is made."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def own_device(device: torch.device) -> torch.device:
+    """Of the machine's devices of this kind, the one of this process, unless one is named."""
+    if device.type == "cpu" or (device.index or 0) > 0 or "LOCAL_RANK" not in os.environ:
+        return device
+    return torch.device(device.type, int(os.environ["LOCAL_RANK"]))
+
+
+def resumed_after_restart(config: TrainConfig) -> TrainConfig:
+    """The config, set to go on with its run if torchrun has started the processes anew.
+
+    Raises:
+        ValueError: the run's folder has no name that a restart can know.
+    """
+    if restarts() == 0 or config.resume is not None:
+        return config
+    if config.out is None:
+        raise ValueError("the processes were started anew and do not know their run folder. Pass --out.")
+    if not (config.out / CONFIG_FILE).exists():
+        return config
+    if not (config.out / CHECKPOINT_FILE).exists():  # it fell before its first checkpoint, and starts again in place
+        return replace(config, resume=config.out)
+    return replace(TrainConfig.from_run(config.out), device=config.device, workers=config.workers)

@@ -1,0 +1,76 @@
+"""What one step of training computes: gradients, its share of them, and where its noise comes from."""
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastvae import VAELossTerms
+
+from .config import TrainConfig
+from .distributed import World
+from .objective import Objective
+
+
+def accumulated(
+    config: TrainConfig,
+    objective: Objective,
+    module: nn.Module,
+    images: Tensor,
+    place: int,
+    step: int,
+    scaler: torch.amp.GradScaler,
+    world: World,
+) -> VAELossTerms:
+    """Add up the gradients of one step, part by part, and return the means of its terms.
+
+    Args:
+        objective: Model and loss.
+        module: The same, wrapped for several processes or compiled.
+        images: This process's share of the batch.
+        place: Number of its first image in the whole batch; with the step it decides the noise.
+    """
+    n_latents = math.prod(objective.model.config.latent_shape)
+    seed = noise_seed(config.seed, step)
+    found: list[VAELossTerms] = []
+    for part in images.chunk(config.accumulate):
+        last = len(found) == config.accumulate - 1
+        with nullcontext() if last else world.without_averaging(module):
+            with autocast(images.device, config.precision):
+                _, terms = module(part, seed=seed, offset=place * n_latents)
+            scaler.scale(terms.loss / config.accumulate if config.accumulate > 1 else terms.loss).backward()
+        place += len(part)
+        found.append(terms)
+    if len(found) == 1:
+        return found[0]
+    return VAELossTerms(*(torch.stack([t.detach() for t in of_part]).mean() for of_part in zip(*found, strict=True)))
+
+
+def noise_seed(seed: int, step: int) -> int:
+    """Of the noise of a step, so that neither the number of processes nor a restart changes it."""
+    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)  # an int64, as compilers want
+
+
+def shared_batch_size(config: TrainConfig, n_images: int, n_processes: int) -> int:
+    """Images in a step: what the config says or, if there are fewer images, as many as every part has one more of.
+
+    Raises:
+        ValueError: the processes and their parts cannot share the batch evenly; fewer images than parts.
+    """
+    parts = n_processes * config.accumulate
+    if config.batch_size % parts or n_images < parts:
+        raise ValueError(
+            f"a batch is shared by {n_processes} processes in {config.accumulate} parts each, so batch_size must be a "
+            f"multiple of {parts} and there must be as many images; got {config.batch_size} and {n_images} images."
+        )
+    return min(config.batch_size, n_images // parts * parts)
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """Autocast to the precision asked for; nothing for fp32."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[precision])

@@ -1,0 +1,166 @@
+"""The trainer under torchrun: two processes are one run, whoever falls and whoever is told to stop."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from fastvae.models import VAE
+from fastvae.training import TrainConfig, train
+from fastvae.training.distributed import World, resumed_after_restart
+from fastvae.training.step import noise_seed, shared_batch_size
+
+for package in ("PIL", "matplotlib", "safetensors"):
+    pytest.importorskip(package, reason="training needs the extra [train]")
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
+
+STEPS = 18  # 54 training images, 6 batches of 8 in each of 3 epochs
+SECONDS = 120
+
+# rank 1 falls once, by a signal that nothing can catch, before its share of step 11; or all are slow enough to be hit
+PROGRAM = """
+import json, os, signal, sys, time
+from fastvae import data
+from fastvae.training import TrainConfig, TrainingInterrupted, train
+
+mode, values = sys.argv[1], json.loads(sys.argv[2])
+config = TrainConfig.from_json(values)
+
+class Images(data.ArrayImages):
+    seen = 0
+
+    def __getitem__(self, i):
+        Images.seen += 1
+        first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+        # two images are read to learn their shape and, by each pass of the baseline and the evaluation, all of them
+        if mode == "fall" and os.environ["RANK"] == "1" and first and Images.seen > 110:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if mode == "wait" and Images.seen > 65:
+            time.sleep(0.05)
+        return super().__getitem__(i)
+
+images = data.load(config.data)
+train(config, dataset=Images(images.images))
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("distributed")
+    np.save(folder / "noise.npy", np.random.default_rng(0).integers(0, 256, (60, 8, 8), dtype=np.uint8))
+    options = {"epochs": 3, "batch_size": 8, "backbone": "mlp", "hidden": 16, "latent_dim": 4, "device": "cpu"}
+    return TrainConfig(str(folder / "noise.npy"), folder / "one", log_every=4, checkpoint_every=5, **options)
+
+
+@pytest.fixture(scope="module")
+def alone(config):
+    """The run of a single process."""
+    return train(config).run
+
+
+def torchrun(*arguments, **options):
+    threads = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", *arguments]
+    return subprocess.Popen(
+        command, env=os.environ | threads, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
+    )
+
+
+def output_of(process):
+    try:
+        return process.communicate(timeout=SECONDS)[0]
+    finally:
+        process.kill()
+
+
+def records_of(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_but_for_rounding(run, alone):
+    weights, expected = (VAE.from_pretrained(folder / "model").state_dict() for folder in (run, alone))
+    torch.testing.assert_close(weights, expected, rtol=1e-4, atol=1e-5)
+    assert torch.load(run / "checkpoint.pt", weights_only=True)["state"]["step"] == STEPS
+    ours, theirs = records_of(run), records_of(alone)
+    # each step and split once
+    assert [(r["step"], r["split"]) for r in ours] == [(r["step"], r["split"]) for r in theirs]
+    for name in ("loss", "recon", "kl"):
+        np.testing.assert_allclose([r[name] for r in ours], [r[name] for r in theirs], rtol=1e-4)
+    evaluations = (json.loads((folder / "evaluation.json").read_text()) for folder in (run, alone))
+    assert next(evaluations) == pytest.approx(next(evaluations), rel=1e-4)
+
+
+def test_a_rank_that_is_killed_costs_nothing_but_time(config, alone, tmp_path):
+    run = tmp_path / "run"
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    values = json.dumps(replace(config, out=run).to_json())
+    process = torchrun("--max-restarts", "1", str(program), "fall", values)
+    output = output_of(process)
+    assert process.returncode == 0, output
+    assert "exitcode: -9) local_rank: 1" in output, output
+    assert_same_but_for_rounding(run, alone)
+    assert sorted(path.name for path in run.iterdir()) == sorted(path.name for path in alone.iterdir())
+
+
+def test_a_run_that_is_told_to_stop_goes_on_alone(config, alone, tmp_path):
+    """Two processes leave one checkpoint, at the same step; one process loads it."""
+    run = tmp_path / "run"
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    process = torchrun(str(program), "wait", json.dumps(replace(config, out=run).to_json()))
+    deadline = time.monotonic() + SECONDS
+    while not (run / "checkpoint.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    output = output_of(process)
+    assert process.returncode != 0
+    assert "training stopped by SIGTERM" in output, output
+    state = torch.load(run / "checkpoint.pt", weights_only=True)["state"]
+    assert 5 <= state["step"] < STEPS
+    train(TrainConfig.from_run(run))
+    assert_same_but_for_rounding(run, alone)
+
+
+def test_parts_of_a_batch_add_up_to_it(config, alone, tmp_path):
+    run = train(replace(config, out=tmp_path / "run", accumulate=4)).run
+    assert_same_but_for_rounding(run, alone)
+
+
+@pytest.mark.parametrize(("batch_size", "processes", "accumulate"), [(8, 3, 1), (8, 2, 8), (128, 64, 1)])
+def test_batches_that_cannot_be_shared_are_refused(config, batch_size, processes, accumulate):
+    options = replace(config, batch_size=batch_size, accumulate=accumulate)
+    with pytest.raises(ValueError, match=f"must be a multiple of {processes * accumulate} and there must be as many"):
+        shared_batch_size(options, 54, processes)
+    assert shared_batch_size(config, 54, 2) == 8
+    assert shared_batch_size(replace(config, batch_size=128), 54, 4) == 52
+
+
+def test_shares_cover_everything_once():
+    for n in (0, 1, 7, 8):
+        parts = [World(rank, 3).part(n) for rank in range(3)]
+        assert [i for part in parts for i in part] == list(range(n))
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_every_step_has_noise_of_its_own():
+    seeds = {noise_seed(seed, step) for seed in range(20) for step in range(50)}
+    assert len(seeds) == 1000
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_a_restart_needs_a_folder_that_it_knows(config, monkeypatch, alone):
+    assert resumed_after_restart(config) is config
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(ValueError, match="Pass --out"):
+        resumed_after_restart(replace(config, out=None))
+    resumed = resumed_after_restart(replace(config, workers=3))
+    assert (resumed.resume, resumed.out, resumed.workers) == (alone, None, 3)
