@@ -15,10 +15,13 @@ from .._strides import is_dense
 from ..reference import compute_dtype
 from .gaussian import rows, sum_by_sample
 from .likelihoods import PAIRS
+from .pages import advise_large_pages
 
 _PIECE = 1 << 18  # elements: a float32 piece and its squares fit the second-level cache, 1 us a call is noise beside it
 
-_ROW = 1024
+_MOST_THREADS = 16  # that get as much each: pieces are temporary memory, too
+
+_ROW = 256
 
 Coefficient = float | Tensor
 
@@ -44,24 +47,13 @@ def sum_errors(images: Images, coefficient: Coefficient, options: ErrorOptions, 
     """Sum of the errors, 0-d or [B]; their gradients times `coefficient` are written in the same pass."""
     dtype = images.dtype
     images, coefficient = _with_rows(images, coefficient)
-    plain = _is_plain(images, options)
-    in_place = images.drecon is not None and images.drecon.dtype == dtype
-    sums = []
-    buffer: Tensor | None = None
-    for piece in _pieces(images, per_sample=per_sample):
-        if plain:
-            # one buffer of a float32 piece, or the gradient's own memory, serves the difference and its multiple
-            if not in_place and (buffer is None or buffer.shape != piece.recon.shape):
-                buffer = torch.empty_like(piece.recon, dtype=dtype)
-            difference = _subtract(piece, options, piece.drecon if buffer is None else buffer)
-            sums.append(sum_by_sample(difference.square()) if per_sample else _sum_of_squares(difference))
-            if piece.drecon is not None:
-                difference.mul_(coefficient * 2) if piece.coefficient is None else difference.mul_(
-                    piece.coefficient
-                ).mul_(2)
-                if buffer is not None:
-                    piece.drecon.copy_(difference)
-        else:
+    if images.drecon is not None and images.drecon.data_ptr() != images.recon.data_ptr():
+        advise_large_pages(images.drecon)
+    if _is_plain(images, options):
+        sums = _sum_squares(images, coefficient, options, per_sample=per_sample)
+    else:
+        sums = []
+        for piece in _pieces(images, per_sample=per_sample):
             errors = _errors(piece, options, dtype)
             sums.append(sum_by_sample(errors) if per_sample else errors.sum())
             _write_gradients(piece, coefficient, options, dtype)
@@ -70,6 +62,33 @@ def sum_errors(images: Images, coefficient: Coefficient, options: ErrorOptions, 
     if per_sample:
         return torch.cat(sums) if sums else images.recon.new_zeros(images.recon.shape[0], dtype=dtype)
     return torch.stack(sums).sum() if sums else images.recon.new_zeros((), dtype=dtype)
+
+
+def _sum_squares(images: Images, coefficient: Coefficient, options: ErrorOptions, *, per_sample: bool) -> list[Tensor]:
+    """What `sum_errors` does, for squared errors alone: their sums, to be joined."""
+    dtype = images.dtype
+    in_place = images.drecon is not None and images.drecon.dtype == dtype
+    # pieces differ with the number of threads, and so must not show in the sum: norms of short rows are joined first
+    by_rows = not per_sample and images.recon.numel() > _PIECE
+    sums: list[Tensor] = []
+    buffers: list[Tensor] = []  # for the difference, unless the gradient's own memory serves, and for the target
+    for piece in _pieces(images, per_sample=per_sample):
+        if not buffers or buffers[0].shape != piece.recon.shape:
+            buffers = [] if in_place else [torch.empty_like(piece.recon, dtype=dtype)]
+            if piece.target.dtype != dtype:
+                buffers.append(torch.empty_like(piece.recon, dtype=dtype))
+        difference = _subtract(piece, options, piece.drecon if in_place else buffers[0], buffers[-1:])
+        if per_sample:
+            sums.append(sum_by_sample(difference.square()))
+        else:
+            sums.append(_norms(difference) if by_rows else _sum_of_squares(difference))
+        if piece.drecon is not None:
+            difference.mul_(coefficient * 2) if piece.coefficient is None else difference.mul_(piece.coefficient).mul_(
+                2
+            )
+            if not in_place:
+                piece.drecon.copy_(difference)
+    return [torch.cat(sums).square_().sum()] if by_rows else sums
 
 
 def write_gradients(images: Images, coefficient: Coefficient, options: ErrorOptions) -> None:
@@ -93,45 +112,56 @@ def _is_plain(images: Images, options: ErrorOptions) -> bool:
 
 
 def _pieces(images: Images, *, per_sample: bool) -> Iterator[Images]:
-    """Equal parts, about _PIECE elements each; whole samples if `per_sample`."""
+    """Equal parts, about _PIECE elements for each thread; whole samples if `per_sample`."""
     recon, n = images.recon, images.recon.numel()
     if n == 0:
         return
     if n <= _PIECE:
         yield images
         return
+    size = _PIECE * min(torch.get_num_threads(), _MOST_THREADS)
     given = [t for t in images if t is not None]
     if not per_sample and is_dense(recon) and all(t.stride() == recon.stride() for t in given):
         images = Images(*(None if t is None else t.as_strided((n,), (1,)) for t in images))  # type: ignore[arg-type]
-        step, stop = _PIECE, n
+        step, stop = size, n
     else:
-        step, stop = max(1, _PIECE * recon.shape[0] // n), recon.shape[0]
+        step, stop = max(1, size * recon.shape[0] // n), recon.shape[0]
     for start in range(0, stop, step):
         yield Images(*(None if t is None else t[start : start + step] for t in images))  # type: ignore[arg-type]
 
 
-def _subtract(piece: Images, options: ErrorOptions, out: Tensor | None) -> Tensor:
-    """out = recon - target, in the dtype of `out`, whatever theirs are."""
+def _subtract(piece: Images, options: ErrorOptions, out: Tensor | None, spare: list[Tensor]) -> Tensor:
+    """out = recon - target, in the dtype of `out`, whatever theirs are; `spare` takes a target of another dtype."""
     recon, target = piece.recon, piece.target
     assert out is not None
-    if recon.dtype == target.dtype == out.dtype:
+    if target.dtype != out.dtype:
+        target = spare[0].copy_(target)
+    if recon.dtype != out.dtype:
+        recon = out.copy_(recon)
+    if piece.target.dtype != torch.uint8:
         return torch.sub(recon, target, out=out)
-    if target.dtype != torch.uint8:
-        return out.copy_(recon).sub_(target.to(out.dtype))
-    out.copy_(recon).sub_(target.to(out.dtype), alpha=options.target_scale)
+    torch.sub(recon, target, alpha=options.target_scale, out=out)
     return out.sub_(options.target_shift) if options.target_shift else out
 
 
 def _sum_of_squares(values: Tensor) -> Tensor:
     """By the norms of short rows where there are whole ones: one pass and no squares to store.
 
-    A norm adds up in sequence; over 1024 elements that costs 7e-7 at worst, over all of them 1e-3. The sum of the rows
+    A norm adds up in sequence; over 256 elements that costs 4e-7 at worst, over all of them 1e-3. The sum of the rows
     is torch's cascaded one.
     """
     if values.is_contiguous() and values.numel() % _ROW == 0:
         norms: Tensor = torch.linalg.vector_norm(values.view(-1, _ROW), dim=1)
         return norms.square_().sum()
     return values.square().sum()
+
+
+def _norms(values: Tensor) -> Tensor:
+    """Of short rows in storage order, and of the rest."""
+    flat = values.as_strided((values.numel(),), (1,)) if is_dense(values) else values.reshape(-1)
+    whole = flat.numel() - flat.numel() % _ROW
+    norms: Tensor = torch.linalg.vector_norm(flat[:whole].view(-1, _ROW), dim=1)
+    return norms if whole == flat.numel() else torch.cat([norms, torch.linalg.vector_norm(flat[whole:]).view(1)])
 
 
 def _values(piece: Images, options: ErrorOptions, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
