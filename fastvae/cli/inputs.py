@@ -58,7 +58,7 @@ def load_images(model_path: Path, model: VAE, source: str | None) -> tuple[Datas
     if source is None and run is None:
         raise ValueError(f"{model_path} is not a run folder, so it does not say which images to take. Pass --data.")
     name = source or (run.data if run else "")
-    images = data.load(name, image_size=model.config.image_size)
+    images = data.load(name, image_size=model.config.image_size, strict=run.strict if run else False)
     if images.shape[0] != model.config.channels:
         raise ValueError(
             f"the model is for {model.config.channels} channels, the images of {name} have {images.shape[0]}. "

@@ -5,4 +5,6 @@ from .dataset import DataError as DataError
 from .dataset import ImageDataset as ImageDataset
 from .dataset import split as split
 from .folder import FolderImages as FolderImages
+from .hub import HubImages as HubImages
+from .photos import PhotoCrops as PhotoCrops
 from .sources import load as load

@@ -57,6 +57,8 @@ class ArrayImages(ImageDataset):
 def split(dataset: Dataset[Tensor], *, validation: float = 0.1, seed: int = 0) -> tuple[Subset[Tensor], Subset[Tensor]]:
     """Split a data set at random, the same way for the same `seed`, size and `validation`.
 
+    Where the data set has `groups`, [N] numbers from 0 on, a group is held out whole or not at all.
+
     Args:
         dataset: Any data set with a length.
         validation: Share of the images held out; rounded to whole images, at least one on each side.
@@ -75,6 +77,14 @@ def split(dataset: Dataset[Tensor], *, validation: float = 0.1, seed: int = 0) -
         raise DataError(
             f"a split needs at least 2 images, one to train and one to validate; got {n_images}. Add images."
         )
+    random = torch.Generator().manual_seed(seed)
+    groups: Tensor | None = getattr(dataset, "groups", None)
+    if groups is not None and (n_groups := int(groups.max()) + 1) > 1:
+        n_held = min(max(round(n_groups * validation), 1), n_groups - 1)
+        held = torch.isin(groups, torch.randperm(n_groups, generator=random)[:n_held])
+        shuffled = torch.randperm(n_images, generator=random)
+        kept, held_out = shuffled[~held[shuffled]].tolist(), shuffled[held[shuffled]].tolist()
+        return Subset(dataset, kept), Subset(dataset, held_out)
     n_validation = min(max(round(n_images * validation), 1), n_images - 1)
-    order = torch.randperm(n_images, generator=torch.Generator().manual_seed(seed)).tolist()
+    order = torch.randperm(n_images, generator=random).tolist()
     return Subset(dataset, order[n_validation:]), Subset(dataset, order[:n_validation])

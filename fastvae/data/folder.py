@@ -1,6 +1,7 @@
 """A folder of image files, decoded as they are asked for."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,19 +28,38 @@ class FolderImages(ImageDataset):
     all are RGB. Transparency is dropped; of an animation the first frame is taken; a photograph is turned upright as
     its EXIF orientation says.
 
+    Folders of classes are sub-folders as any others; `labels` numbers them.
+
     Args:
         root: The folder.
         image_size: (H, W) to resize to, antialiased bicubic, aspect ratio not kept; None: sizes must agree.
+        strict: Whether a damaged file is an error: headers are checked here, and a file damaged further in is named
+            when it is decoded. If not, every file is decoded once here, and those that cannot be are left out.
+
+    Attributes:
+        labels: [N] number of the sub-folder, in the order of names; None where there are none.
+        skipped: What is wrong with each file that was left out, by its path.
 
     Raises:
-        DataError: no images, a file that is not an image or deeper than 8 bits, or mixed sizes without `image_size`.
-            Headers are checked here; a file damaged further in is named when it is decoded.
+        DataError: no images, mixed sizes without `image_size` or, if `strict`, a file that is not an image or deeper
+            than 8 bits.
     """
 
-    def __init__(self, root: Path, image_size: tuple[int, int] | None = None) -> None:
-        self.paths = _image_paths(root)
+    labels: Tensor | None
+
+    def __init__(self, root: Path, image_size: tuple[int, int] | None = None, *, strict: bool = True) -> None:
         self._resized = image_size is not None
-        sizes, grey = zip(*map(_inspect, self.paths), strict=True)
+        self.skipped: dict[str, str] = {}
+        paths = _image_paths(root)
+        with ThreadPoolExecutor() as pool:  # decoders release Python's lock
+            found = list(pool.map(_inspect if strict else _decodes, paths))
+        self.skipped = {str(path): str(e) for path, e in zip(paths, found, strict=True) if isinstance(e, DataError)}
+        if len(self.skipped) == len(paths):
+            raise DataError(f"none of the {len(paths)} images in {root} can be read; {found[0]}")
+        self.paths = [path for path in paths if str(path) not in self.skipped]
+        sizes, grey = zip(*(f for f in found if not isinstance(f, DataError)), strict=True)
+        classes = sorted({path.parent for path in self.paths})
+        self.labels = torch.tensor([classes.index(p.parent) for p in self.paths]) if len(classes) > 1 else None
         for path, size in zip(self.paths, sizes, strict=True):
             if image_size is None and size != sizes[0]:
                 raise DataError(
@@ -52,17 +72,35 @@ class FolderImages(ImageDataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor:
-        from PIL import Image
-
-        channels, height, width = self.shape
         with _opened(self.paths[index]) as image:
-            if "transparency" in image.info:
-                image = image.convert("RGBA")  # PIL warns when it has to drop a palette's transparency itself
-            pixels = _upright(image).convert("L" if channels == 1 else "RGB")
-            if self._resized:
-                pixels = pixels.resize((width, height), Image.Resampling.BICUBIC)
-        array = np.array(pixels).reshape(height, width, channels)
-        return torch.from_numpy(array).permute(2, 0, 1).contiguous()
+            return pixels_of(image, self.shape)
+
+
+def pixels_of(image: "Image", shape: tuple[int, int, int]) -> Tensor:
+    """The image as uint8 [C, H, W] of this shape, upright, without transparency; resized if its size is another."""
+    from PIL import Image
+
+    channels, height, width = shape
+    pixels = _converted(image, channels)
+    if pixels.size != (width, height):
+        pixels = pixels.resize((width, height), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(pixels).reshape(height, width, channels)).permute(2, 0, 1).contiguous()
+
+
+def decoded(path: Path, channels: int) -> "Image":
+    """The image of a file, in memory, as `pixels_of` sees it.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    with _opened(path) as image:
+        return _converted(image, channels)
+
+
+def _converted(image: "Image", channels: int) -> "Image":
+    if "transparency" in image.info:
+        image = image.convert("RGBA")  # PIL warns when it has to drop a palette's transparency itself
+    return _upright(image).convert("L" if channels == 1 else "RGB")
 
 
 def _image_paths(root: Path) -> list[Path]:
@@ -85,6 +123,16 @@ def _inspect(path: Path) -> tuple[tuple[int, int], bool]:
         width, height = image.size
         sideways = _orientation(image) in SIDEWAYS
         return (width, height) if sideways else (height, width), image.mode in GREY_MODES
+
+
+def _decodes(path: Path) -> tuple[tuple[int, int], bool] | DataError:
+    """`_inspect`, and whether all of the file can be decoded; what is wrong with it if not."""
+    try:
+        with _opened(path) as image:
+            image.load()
+        return _inspect(path)
+    except DataError as error:
+        return error
 
 
 def _upright(image: "Image") -> "Image":

@@ -19,7 +19,7 @@ from .objective_options import (
 CONFIG_FILE = "config.json"
 
 # what a resumed run may change without changing what it learns; `out` and `resume` only say where the run folder is
-FREE_ON_RESUME = frozenset({"out", "resume", "device", "workers", "log_every", "checkpoint_every"})
+FREE_ON_RESUME = frozenset({"out", "resume", "device", "workers", "log_every", "checkpoint_every", "strict"})
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,10 @@ class TrainConfig:
     """
 
     data: str = "fashion-mnist"
-    """Images to learn: "fashion-mnist" (comes with fastvae), a folder of images, x.npy, x.npz or idx:DIR."""
+    """Images to learn: "fashion-mnist" (comes with fastvae), "photos" (colour crops of photographs that scikit-image
+    and scikit-learn carry), a folder of images, x.npy, x.npz, idx:DIR or hf:NAME[:SPLIT[:COLUMN]]."""
+    strict: bool = False
+    """Stop at a damaged file in a folder of images, instead of leaving it out and listing it in skipped.json."""
     out: Path | None = None
     """Run folder to create; runs/DATA-TIMESTAMP if not given. Nothing is ever overwritten in it."""
     resume: Path | None = None

@@ -21,6 +21,8 @@ class Started:
     total_steps: int
     baseline: float
     """Validation nats per image of the latent-free baseline."""
+    skipped: int = 0
+    """Damaged files that were left out; skipped.json of the run folder has them."""
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,8 @@ def _train(
     notify = on_event if on_event is not None and world.is_first else lambda event: None
     run = world.from_first(choose_run_folder(config) if world.is_first else None)
     if dataset is None:
-        dataset = data.load(config.data, image_size=config.image_size)
+        dataset = data.load(config.data, image_size=config.image_size, strict=config.strict)
+    skipped: dict[str, str] = getattr(dataset, "skipped", {})
     train_set, validation_set = data.split(dataset, validation=config.validation)
     shape = tuple(stack_images([train_set[0]]).shape[1:])
     batch_size = shared_batch_size(config, len(train_set), world.size)
@@ -135,10 +136,13 @@ def _train(
         with naming_the_run(run):
             run.mkdir(parents=True, exist_ok=True)
             write_json(run / CONFIG_FILE, replace(config, out=run, resume=None).to_json())
+            if skipped:
+                write_json(run / "skipped.json", skipped)
             metrics = MetricsFile(run / "metrics.jsonl", step=step)
             records = metrics.records
     n_parameters = sum(p.numel() for p in parameters)
-    notify(Started(run, str(device), len(train_set), len(validation_set), n_parameters, step, total_steps, baseline))
+    sizes = len(train_set), len(validation_set), n_parameters
+    notify(Started(run, str(device), *sizes, step, total_steps, baseline, len(skipped)))
 
     def log(split: str, loss: float, recon: float, kl: float, **more: float) -> None:
         nats = recon + kl

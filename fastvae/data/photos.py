@@ -1,0 +1,73 @@
+"""Colour crops of the photographs that scikit-image and scikit-learn carry: real photographs without a download."""
+
+import math
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .dataset import ImageDataset
+from .folder import decoded
+
+# of a stereo pair, one; no drawings, no texts
+PHOTOS = {
+    "skimage": (
+        *("data/astronaut.png", "data/chelsea.png", "data/coffee.png", "data/hubble_deep_field.jpg", "data/ihc.png"),
+        *("data/motorcycle_left.png", "data/retina.jpg", "data/rocket.jpg"),
+    ),
+    "sklearn": ("datasets/images/china.jpg", "datasets/images/flower.jpg"),
+}
+CROPS = 512  # of each photograph
+SIZE = (64, 64)
+_AREA, _RATIO = (0.02, 0.5), (3 / 4, 4 / 3)  # share of the photograph; width to height
+
+
+class PhotoCrops(ImageDataset):
+    """Random-resized crops of ten photographs, as many of each, the same every time.
+
+    A crop has 2 to 50 % of its photograph and a ratio of 3:4 to 4:3, drawn log-uniformly; half of them are mirrored.
+    `split` holds out whole photographs.
+
+    Args:
+        image_size: (height, width) of the crops.
+        crops: Of each photograph.
+
+    Attributes:
+        groups: [N] which photograph each crop is of.
+
+    Raises:
+        ImportError: scikit-image or scikit-learn is not installed.
+    """
+
+    def __init__(self, image_size: tuple[int, int] | None = None, crops: int = CROPS) -> None:
+        self.paths = [_package(package) / name for package, names in PHOTOS.items() for name in names]
+        self.shape = (3, *(image_size or SIZE))
+        self.groups = torch.arange(len(self.paths)).repeat_interleave(crops)
+        self._photos = [decoded(path, 3) for path in self.paths]
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, index: int) -> Tensor:
+        from PIL import Image
+
+        photo = self._photos[int(self.groups[index])]
+        random = np.random.default_rng(index)
+        share, ratio = np.exp(random.uniform(*np.log([_AREA, _RATIO]).T)).tolist()
+        area = photo.width * photo.height * share
+        width, height = min(math.sqrt(area * ratio), photo.width), min(math.sqrt(area / ratio), photo.height)
+        left, top = random.uniform(0, photo.width - width), random.uniform(0, photo.height - height)
+        size = (self.shape[2], self.shape[1])
+        crop = photo.resize(size, Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
+        pixels = torch.from_numpy(np.array(crop)).permute(2, 0, 1)
+        return (pixels.flip(2) if random.random() < 0.5 else pixels).contiguous()
+
+
+def _package(name: str) -> Path:
+    """The folder of an installed package, which need not be imported for its files."""
+    spec = find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError(f'the photographs come with {name}: pip install "fastvae-triton[train,photos]"')
+    return Path(next(iter(spec.submodule_search_locations)))
