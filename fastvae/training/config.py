@@ -33,14 +33,14 @@ class TrainConfig:
     data: str = "fashion-mnist"
     """Images to learn: "fashion-mnist" (comes with fastvae), "photos" (colour crops of photographs that scikit-image
     and scikit-learn carry), a folder of images, x.npy, x.npz, idx:DIR or hf:NAME[:SPLIT[:COLUMN]]."""
-    strict: bool = False
-    """Stop at a damaged file in a folder of images, instead of leaving it out and listing it in skipped.json."""
     out: Path | None = None
     """Run folder to create; runs/DATA-TIMESTAMP if not given. Nothing is ever overwritten in it."""
     resume: Path | None = None
     """Run folder to continue from its last checkpoint; the other options are taken from it."""
     image_size: tuple[int, int] | None = None
     """Height and width to resize every image to; the images' own size if not given."""
+    strict: bool = False
+    """Stop at a damaged file in a folder of images, instead of leaving it out and listing it in skipped.json."""
     validation: float = 0.1
     """Share of the images held out for validation; which images does not depend on the seed."""
     epochs: int = 20
