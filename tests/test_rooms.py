@@ -94,7 +94,12 @@ def test_wheel_holds_the_two_packages(tmp_path):
         names = archive.namelist()
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"fastvae", "fastvae_kernels"}
-    for needed in ("fastvae/py.typed", "fastvae_kernels/py.typed", "fastvae/data/fashion_mnist.npz"):
+    for needed in (
+        "fastvae/py.typed",
+        "fastvae_kernels/py.typed",
+        "fastvae/data/fashion_mnist.npz",
+        "fastvae/training/report.html",
+    ):
         assert needed in names
     assert any(name.endswith("fashion_mnist.LICENSE") for name in names)
 

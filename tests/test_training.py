@@ -105,7 +105,16 @@ def stop_at(step, number):
 
 def test_run_folder_is_complete(whole_run):
     assert sorted(path.name for path in whole_run.iterdir()) == sorted(
-        ["config.json", "metrics.jsonl", "checkpoint.pt", "evaluation.json", "model", *PICTURES]
+        [
+            "config.json",
+            "metrics.jsonl",
+            "checkpoint.pt",
+            "evaluation.json",
+            "model",
+            "progress",
+            "report.html",
+            *PICTURES,
+        ]
     )
     records = metrics_of(whole_run)
     assert [(record["step"], record["split"]) for record in records if record["split"] == "train"] == [
@@ -212,7 +221,7 @@ def test_resuming_a_finished_run_changes_nothing(config, whole_run):
     before = (config.out / "checkpoint.pt").read_bytes()
     result = train(TrainConfig.from_run(config.out))
     assert (config.out / "checkpoint.pt").read_bytes() == before
-    assert [path.name for path in result.pictures] == PICTURES
+    assert [path.name for path in result.pictures] == ["report.html", *PICTURES]
     assert_same_run(config.out, whole_run)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from fastvae.training import TrainConfig
 
-from . import bench, doctor, evaluate, pictures, train
+from . import bench, doctor, evaluate, pictures, report, train
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ COMMANDS = {
     "reconstruct": Command(pictures.Reconstruct, pictures.reconstruct, pictures.RECONSTRUCT_HELP),
     "interpolate": Command(pictures.Interpolate, pictures.interpolate, pictures.INTERPOLATE_HELP),
     "evaluate": Command(evaluate.Evaluate, evaluate.run, evaluate.HELP),
+    "report": Command(report.Report, report.run, report.HELP),
     "bench": Command(bench.Bench, bench.run, bench.HELP),
     "doctor": Command(doctor.Doctor, doctor.run, doctor.HELP),
 }

@@ -10,6 +10,7 @@ from fastvae.models import VAE
 from fastvae.training import Objective, TrainConfig
 from fastvae.training.loop import resolve_device
 from fastvae.training.objective import decode_to_images
+from fastvae.training.run_folder import METRICS_FILE
 
 
 def load_model(path: Path, device: str) -> VAE:
@@ -35,7 +36,7 @@ def load_objective(path: Path, device: str) -> Objective:
         raise FileNotFoundError(f"no model: {path} is not a folder. Pass a run folder, or a folder of save_pretrained.")
     model = VAE.from_pretrained(path / "model" if is_run(path) else path, device=resolve_device(device)).eval()
     run = path if is_run(path) else path.resolve().parent
-    if not (run == path or (path.resolve() == run / "model" and (run / "metrics.jsonl").is_file())):
+    if not (run == path or (path.resolve() == run / "model" and (run / METRICS_FILE).is_file())):
         return Objective(model)
     return Objective.of_run(run, model)
 

@@ -3,14 +3,15 @@
 from fastvae.presets import PRESETS
 from fastvae.training import TrainConfig, train
 from fastvae.training.distributed import is_first_process
+from fastvae.training.run_folder import METRICS_FILE
 
 from .evaluate import summary
 from .progress import reporter
 
 HELP = f"""Train a VAE on images and show what it learnt.
 
-Leaves a run folder with weights, metrics, a checkpoint and pictures. Ctrl-C stops it after a last checkpoint; --resume
-goes on from there as if nothing had happened.
+Leaves a run folder with weights, metrics, a checkpoint, pictures and a report. Ctrl-C stops it after a last checkpoint;
+--resume goes on from there as if nothing had happened.
 
 It minimises recon_weight * reconstruction + beta * KL, by default the negative ELBO. Both terms are reported in nats
 per image, whatever their weights and reductions.
@@ -31,6 +32,7 @@ Examples:
 """
 
 WORDS = {
+    "report.html": "all of it as one page, with the latent space to explore",
     "reconstructions.png": "validation images above their reconstructions",
     "samples.png": "new images from the prior",
     "interpolations.png": "walks from one image to another",
@@ -50,6 +52,6 @@ def run(config: TrainConfig) -> int:
     print(f"\nresults in {result.run}:")
     for path in result.pictures:
         print(f"  {path}  {WORDS[path.name]}")
-    print(f"  {result.run / 'metrics.jsonl'}  every figure; weights in {result.run / 'model'}")
+    print(f"  {result.run / METRICS_FILE}  every figure; weights in {result.run / 'model'}")
     print(f"\nnext: fastvae sample --model {result.run}")
     return 0

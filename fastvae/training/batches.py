@@ -69,10 +69,13 @@ def stack_images(samples: Sequence[Any]) -> Tensor:
 
 def spread_images(dataset: Dataset[Any], n: int) -> Tensor:
     """`n` images (all, if there are fewer) at even distances, as one tensor."""
-    total = len(dataset)  # type: ignore[arg-type]
-    spread = [i * total // min(n, total) for i in range(min(n, total))]
-    images: Tensor = next(iter(load_batches(dataset, [spread])))
+    images: Tensor = next(iter(load_batches(dataset, [spread(len(dataset), n)])))  # type: ignore[arg-type]
     return images
+
+
+def spread(total: int, n: int) -> list[int]:
+    """`n` indices (all, if there are fewer) at even distances below `total`."""
+    return [i * total // min(n, total) for i in range(min(n, total))]
 
 
 def labels_of(dataset: Any) -> Tensor | None:

@@ -19,7 +19,7 @@ from .objective_options import (
 CONFIG_FILE = "config.json"
 
 # what a resumed run may change without changing what it learns; `out` and `resume` only say where the run folder is
-FREE_ON_RESUME = frozenset({"out", "resume", "device", "workers", "log_every", "checkpoint_every", "strict"})
+FREE_ON_RESUME = frozenset({"out", "resume", "device", "workers", "log_every", "checkpoint_every", "log", "strict"})
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,8 @@ class TrainConfig:
     """Steps between two lines of training metrics."""
     checkpoint_every: int = 200
     """Steps between two checkpoints; the last step is always saved."""
+    log: Literal["tensorboard"] | None = None
+    """Write the figures of metrics.jsonl for TensorBoard too, under the same names."""
     backbone: Literal["conv", "mlp", "autoencoder_kl"] = "conv"
     """Encoder and decoder: convolutional, fully connected, or the residual autoencoder of latent diffusion."""
     latent_dim: int = 32
@@ -164,6 +166,7 @@ class TrainConfig:
         _require(0 < self.validation < 1, self, "validation", "between 0 and 1, both excluded")
         _require(self.image_size is None or min(self.image_size) >= 1, self, "image_size", "two sizes of at least 1")
         _require(self.precision in ("fp32", "bf16", "fp16"), self, "precision", "fp32, bf16 or fp16")
+        _require(self.log in (None, "tensorboard"), self, "log", "tensorboard or not given")
         check_objective(self)
 
     def to_json(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from signal import Signals
 from typing import Any, cast
@@ -21,12 +21,13 @@ from .batches import epoch_order, load_batches, stack_images
 from .checkpoint import CHECKPOINT_FILE, load_checkpoint, save_checkpoint
 from .config import CONFIG_FILE, TrainConfig
 from .distributed import World, own_device, resumed_after_restart, world_of
-from .evaluation import Evaluation, baseline_nats, evaluate
-from .events import Event, Finished, Logged, Saved, Started
+from .evaluation import Evaluation, baseline_nats, evaluate, evaluation_mode
+from .events import Event, Finished, Saved, Started
 from .interruption import TrainingInterrupted, deferred_signals
-from .metrics import FiniteWatch, RunningMean, bits_per_dim
+from .metrics import FiniteWatch, RunningMean
 from .objective import Objective, decode_to_images
-from .run_folder import MetricsFile, choose_run_folder, naming_the_run
+from .recorder import Recorder
+from .run_folder import choose_run_folder, naming_the_run
 from .schedule import learning_rate
 from .step import accumulated, shared_batch_size
 
@@ -42,7 +43,7 @@ class TrainResult:
         run: Run folder.
         evaluation: The model on the validation images.
         baseline: Nats per validation image of the latent-free baseline, the per-pixel mean of the training images.
-        pictures: PNG files in the run folder.
+        pictures: report.html of the run folder, and its PNG files.
     """
 
     run: Path
@@ -79,12 +80,12 @@ def train(
         TrainingInterrupted: a signal came; the run is saved and can be resumed.
     """
     # here: matplotlib is slow to load, and missing it should show before the training, not after
-    from . import pictures
+    from . import pictures, report
 
     config = resumed_after_restart(config)
     device = own_device(resolve_device(config.device))
     with world_of(device) as world:
-        return _train(config, dataset, device, world, on_event, pictures.save_all)
+        return _train(config, dataset, device, world, on_event, pictures, report)
 
 
 def _train(
@@ -93,7 +94,8 @@ def _train(
     device: torch.device,
     world: World,
     on_event: Callable[[Event], None] | None,
-    draw: Callable[..., list[Path]],
+    draw: Any,
+    report: Any,
 ) -> TrainResult:
     notify = on_event if on_event is not None and world.is_first else lambda event: None
     run = world.from_first(choose_run_folder(config) if world.is_first else None)
@@ -131,28 +133,17 @@ def _train(
         step = state["step"]
         for name, part in stateful.items():
             part.load_state_dict(state.get(name, {}))
-    records: list[dict[str, Any]] = []
     if world.is_first:
         with naming_the_run(run):
             run.mkdir(parents=True, exist_ok=True)
             write_json(run / CONFIG_FILE, replace(config, out=run, resume=None).to_json())
             if skipped:
                 write_json(run / "skipped.json", skipped)
-            metrics = MetricsFile(run / "metrics.jsonl", step=step)
-            records = metrics.records
+    counts = {"step": step, "steps_per_epoch": steps_per_epoch, "dimensions": math.prod(shape)}
+    recorder = Recorder(run, config, notify, **counts, writes=world.is_first)
     n_parameters = sum(p.numel() for p in parameters)
     sizes = len(train_set), len(validation_set), n_parameters
     notify(Started(run, str(device), *sizes, step, total_steps, baseline, len(skipped)))
-
-    def log(split: str, loss: float, recon: float, kl: float, **more: float) -> None:
-        nats = recon + kl
-        record = {"step": step, "epoch": -(-step // steps_per_epoch), "split": split}
-        record |= {"loss": loss, "recon": recon, "kl": kl, "nats": nats}
-        record |= {"bits_per_dim": bits_per_dim(nats, math.prod(shape)), **more}
-        if world.is_first:
-            with naming_the_run(run):
-                metrics.append(record)
-        notify(Logged(record))
 
     def save() -> None:
         watch.check()  # never replace a good checkpoint by a broken one
@@ -165,7 +156,7 @@ def _train(
             best.model.save_pretrained(run / "model")
         notify(Saved(step, run / CHECKPOINT_FILE))
 
-    with deferred_signals() as pending:
+    with deferred_signals() as pending, recorder:
         while step < total_steps:
             epoch, done = divmod(step, steps_per_epoch)
             order = epoch_order(len(train_set), batch_size, seed=config.seed, epoch=epoch)[done:]
@@ -203,27 +194,32 @@ def _train(
                     speed = (step - logged_step) * batch_size / (now - logged_at)
                     beta, learned = objective.beta_at(step - 1), objective.learned_scale()
                     scale = {} if learned is None else {"log_scale": learned.item()}
-                    log("train", *running.take(world), lr=rate, beta=beta, **scale, images_per_second=speed)
+                    figures = {"lr": rate, "beta": beta, **scale, "images_per_second": speed}
+                    recorder.log("train", step, *running.take(world), **figures)
                     logged_at, logged_step = now, step
                 if step % steps_per_epoch == 0:
                     watch.check()
-                    found = evaluate(best, validation_set, workers=config.workers, world=world)
-                    scores = found.evaluation
-                    log("validation", found.loss, scores.recon, scores.kl, lr=rate, beta=objective.beta_at(step))
+                    scores = evaluate(best, validation_set, workers=config.workers, world=world)
+                    found, passes = scores.evaluation, step // steps_per_epoch
+                    figures = {"lr": rate, "beta": objective.beta_at(step), "active_units": found.active_units}
+                    recorder.log("validation", step, scores.loss, found.recon, found.kl, **figures)
+                    if world.is_first and draw.is_in_progress(passes, config.epochs):
+                        with naming_the_run(run), decode_to_images(best), evaluation_mode(best):
+                            draw.save_progress(run, best.model, validation_set, passes)
                 signal = world.largest(pending.signal or 0)  # all stop at one step, whoever was told to
                 if step % config.checkpoint_every == 0 or step == total_steps or signal:
                     save()
                 if signal:
                     raise TrainingInterrupted(run, step, Signals(signal))
 
-    evaluation, latents, *_ = evaluate(best, validation_set, workers=config.workers, world=world)
+    scores = evaluate(best, validation_set, workers=config.workers, world=world)
     drawn: list[Path] = []
     if world.is_first:
-        with naming_the_run(run), decode_to_images(best):
-            write_json(run / "evaluation.json", {**asdict(evaluation), "baseline": baseline})
-            drawn = draw(run, best.model, validation_set, latents, records=records, baseline=baseline)
-    notify(Finished(run, evaluation, drawn))
-    return TrainResult(run, evaluation, baseline, drawn)
+        with naming_the_run(run):
+            shown = {"records": recorder.records, "baseline": baseline}
+            drawn = report.summarize(run, best, validation_set, scores, **shown)
+    notify(Finished(run, scores.evaluation, drawn))
+    return TrainResult(run, scores.evaluation, baseline, drawn)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -21,34 +21,43 @@ from .evaluation import Latents, as_unit_interval
 
 GAP = 2  # pixels between two images of a grid
 SMALLEST_TILE = 56  # images below this size are enlarged by a whole factor
+PROGRESS, ORIGINALS = "progress", "originals.png"  # folder of a run, and its picture of the images as they are
+FRAME, FRAMES = 10, 40  # images in a picture of the progress; pictures of a run, at most
+TRAVERSAL_REACH = 3.0
+MOST_BARS = 256
 
 
-def save_grid(path: Path, images: Tensor, *, columns: int) -> Path:
-    """Write images as one PNG, row by row.
+def grid_png(images: Tensor, *, columns: int, gap: int = GAP, enlarge: bool = True) -> bytes:
+    """Images as one PNG, row by row.
 
     Args:
-        path: File to write.
         images: [n, C, H, W], uint8 or float in [0, 1] (values outside are clipped). One channel is shown gray, three as
             RGB; of any other number, the mean.
         columns: Images in a row.
+        gap: White pixels between two images and around all.
+        enlarge: Repeat the pixels of small images, for viewers that would show them tiny.
     """
     pixels = (as_unit_interval(images.cpu()).clamp(0, 1) * 255).round().byte()
     if pixels.shape[1] not in (1, 3):
         pixels = pixels.double().mean(dim=1, keepdim=True).round().byte()
-    height, width = pixels.shape[2:]
-    enlarge = -(-SMALLEST_TILE // max(height, width))
-    pixels = pixels.repeat_interleave(enlarge, dim=2).repeat_interleave(enlarge, dim=3)
+    factor = -(-SMALLEST_TILE // max(pixels.shape[2:])) if enlarge else 1
+    pixels = pixels.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
     height, width = pixels.shape[2:]
     rows = -(-len(pixels) // columns)
-    shape = (rows * (height + GAP) + GAP, columns * (width + GAP) + GAP, pixels.shape[1])
+    shape = (rows * (height + gap) + gap, columns * (width + gap) + gap, pixels.shape[1])
     canvas = torch.full(shape, 255, dtype=torch.uint8)
     for i, image in enumerate(pixels):
-        top = GAP + (i // columns) * (height + GAP)
-        left = GAP + (i % columns) * (width + GAP)
+        top = gap + (i // columns) * (height + gap)
+        left = gap + (i % columns) * (width + gap)
         canvas[top : top + height, left : left + width] = image.permute(1, 2, 0)
     buffer = io.BytesIO()
     Image.fromarray(canvas.squeeze(2).numpy()).save(buffer, format="PNG")
-    write_bytes(path, buffer.getvalue())
+    return buffer.getvalue()
+
+
+def save_grid(path: Path, images: Tensor, *, columns: int) -> Path:
+    """Write `grid_png` of images."""
+    write_bytes(path, grid_png(images, columns=columns))
     return path
 
 
@@ -115,14 +124,14 @@ def save_latent_space(path: Path, latents: Latents, dataset: Dataset[Any]) -> Pa
     figure = Figure(figsize=(11, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
     _plot_principal_plane(left, latents.mu, labels_of(dataset))
-    order = latents.kl_per_dim.argsort(descending=True)
+    order = latents.kl_per_dim.argsort(descending=True)[:MOST_BARS]
     colours = np.where(latents.active[order].numpy(), "tab:blue", "lightgray")
     right.bar(range(len(order)), latents.kl_per_dim[order].numpy(), color=colours.tolist())
     n_active = int(latents.active.sum())
     right.set(
         xlabel="latent dimension, sorted",
         ylabel="KL in nats",
-        title=f"KL per dimension: {n_active} of {len(order)} active (blue)",
+        title=f"KL per dimension: {n_active} of {len(latents.kl_per_dim)} active (blue)",
     )
     return _save_figure(path, figure)
 
@@ -140,14 +149,55 @@ def save_all(run: Path, model: VAE, validation: Dataset[Any], latents: Latents, 
     ]
 
 
-def _plot_principal_plane(axes: Axes, mu: Tensor, labels: Tensor | None) -> None:
+def save_progress(run: Path, model: VAE, validation: Dataset[Any], epoch: int) -> None:
+    """Write how far the model has come: the same few validation images, and their reconstructions after an epoch."""
+    folder = run / PROGRESS
+    images = spread_images(validation, FRAME)
+    folder.mkdir(exist_ok=True)
+    if not (folder / ORIGINALS).exists():
+        write_bytes(folder / ORIGINALS, grid_png(images, columns=FRAME, enlarge=False))
+    reconstructions = model.reconstruct(images.to(_device(model)))
+    write_bytes(folder / f"epoch-{epoch:05d}.png", grid_png(reconstructions, columns=FRAME, enlarge=False))
+
+
+def is_in_progress(epoch: int, epochs: int) -> bool:
+    """Whether `save_progress` is due: after every epoch, or at even distances if there are many, and the last."""
+    return epoch % -(-epochs // FRAMES) == 0 or epoch == epochs
+
+
+def traversals(model: VAE, mu: Tensor, dims: list[int], *, steps: int = 11, reach: float = TRAVERSAL_REACH) -> Tensor:
+    """What each of `dims` does: a row of `steps` images each, in which it goes from -reach to reach.
+
+    Args:
+        model: Decodes.
+        mu: [latent_dim]; where all other dimensions stay.
+        dims: Dimensions to change, of the flattened latent.
+        steps: Images in a row.
+        reach: In standard deviations of the prior.
+
+    Returns:
+        [len(dims) * steps, C, H, W] in [0, 1].
+    """
+    z = mu.repeat(len(dims), steps, 1)
+    z[torch.arange(len(dims)), :, dims] = torch.linspace(-reach, reach, steps)
+    with torch.no_grad():
+        rows = [model.decode(row.to(_device(model)).reshape(-1, *model.config.latent_shape)) for row in z]
+    return torch.cat(rows).clamp(0, 1).float().cpu()
+
+
+def principal_plane(mu: Tensor) -> tuple[Tensor, float]:
+    """Points [n, 2] along their two largest principal directions, and the share of the variance in these."""
     centred = (mu - mu.mean(dim=0)).double()
     # not pca_lowrank: it draws from torch's default generator
     _, singular, directions = torch.linalg.svd(centred, full_matrices=False)
     plane = centred @ directions[:2].T
     if plane.shape[1] < 2:
         plane = torch.cat([plane, torch.zeros(len(plane), 2 - plane.shape[1], dtype=plane.dtype)], dim=1)
-    share = float(singular[:2].square().sum() / singular.square().sum().clamp_min(1e-300))
+    return plane, float(singular[:2].square().sum() / singular.square().sum().clamp_min(1e-300))
+
+
+def _plot_principal_plane(axes: Axes, mu: Tensor, labels: Tensor | None) -> None:
+    plane, share = principal_plane(mu)
     colours = None if labels is None else labels.numpy()
     points = axes.scatter(
         plane[:, 0].numpy(), plane[:, 1].numpy(), s=6, c=colours, cmap=None if labels is None else "tab10"

@@ -12,6 +12,8 @@ from .._files import TEMPORARY_SUFFIX, write_bytes
 from .checkpoint import CHECKPOINT_FILE
 from .config import TrainConfig
 
+METRICS_FILE = "metrics.jsonl"
+
 
 class RunFolderError(OSError):
     """The run folder cannot be written."""
