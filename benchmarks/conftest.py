@@ -4,6 +4,7 @@ All providers of a case are timed in turns when the first of them is asked for; 
 figures to pytest-benchmark. `--benchmark-disable` checks every provider once on a tiny shape and times nothing.
 """
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -127,7 +128,7 @@ def stamp(config: pytest.Config) -> dict[str, Any]:
     """Where and how the figures were taken."""
     threads = config.getoption("threads")
     wall = {"clock": "wall time"} if DEVICE.type == "cpu" and threads > 1 else {}
-    command = " ".join(["pytest", *map(str, config.invocation_params.args)])
+    command = shlex.join(["pytest", *map(str, config.invocation_params.args)])
     return {**environment(DEVICE), **wall, "threads": threads, "command": command}
 
 
