@@ -16,7 +16,7 @@ from torch.utils.data import TensorDataset
 import fastvae
 from fastvae import data
 from fastvae.models import VAE, VAEConfig
-from fastvae.training import NonFiniteLossError, TrainConfig, TrainingInterrupted, bits_per_dim, loop, train
+from fastvae.training import NonFiniteLossError, TrainConfig, TrainingInterrupted, bits_per_dim, loop, setup, train
 from fastvae.training.batches import epoch_order, labels_of
 from fastvae.training.evaluation import baseline_nats, evaluate
 from fastvae.training.events import Logged
@@ -517,4 +517,4 @@ def test_config_survives_json():
 @pytest.mark.parametrize(("name", "message"), [("gpu", "device must be"), ("cuda:99", "is not there")])
 def test_device_that_is_not_there(name, message):
     with pytest.raises(ValueError, match=message):
-        loop.resolve_device(name)
+        setup.resolve_device(name)

@@ -14,8 +14,10 @@ import torch
 import torch.distributed as dist
 
 from fastvae.models import VAE
-from fastvae.training import TrainConfig, train
+from fastvae.training import TrainConfig, TrainingInterrupted, train
+from fastvae.training.checkpoint import load_part
 from fastvae.training.distributed import World, resumed_after_restart
+from fastvae.training.events import Logged
 from fastvae.training.step import noise_seed, shared_batch_size
 
 for package in ("PIL", "matplotlib", "safetensors"):
@@ -30,6 +32,7 @@ PROGRAM = """
 import json, os, signal, sys, time
 from fastvae import data
 from fastvae.training import TrainConfig, TrainingInterrupted, train
+from fastvae.training.events import Saved
 
 mode, values = sys.argv[1], json.loads(sys.argv[2])
 config = TrainConfig.from_json(values)
@@ -47,8 +50,34 @@ class Images(data.ArrayImages):
             time.sleep(0.05)
         return super().__getitem__(i)
 
+def on_event(event):  # of the first process: all must stop at the step that it is told at
+    kind, _, step = mode.partition(" ")
+    if kind == "stop" and isinstance(event, Saved) and event.step == int(step):  # seen after the next step
+        os.kill(os.getpid(), signal.SIGTERM)
+
 images = data.load(config.data)
-train(config, dataset=Images(images.images))
+train(config, dataset=Images(images.images), on_event=on_event)
+"""
+
+CLIPPING = """
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from fastvae.training.sharding import clip_gradients, whole
+
+dist.init_process_group("gloo")
+mesh = init_device_mesh("cpu", (2,))
+values = [torch.arange(15.0).reshape(5, 3), torch.tensor(7.0)]
+expected = [torch.nn.Parameter(torch.zeros_like(value)) for value in values]
+ours = [torch.nn.Parameter(distribute_tensor(values[0], mesh, [Shard(0)])), torch.nn.Parameter(values[1])]
+for parameter, other, value in zip(expected, ours, values):
+    parameter.grad = value.clone()
+    other.grad = distribute_tensor(value, mesh, [Shard(0)]) if value.ndim else value.clone()
+torch.testing.assert_close(clip_gradients(ours, 2.0), torch.nn.utils.clip_grad_norm_(expected, 2.0))
+for parameter, other in zip(expected, ours):
+    torch.testing.assert_close(whole(other.grad), parameter.grad)
+dist.destroy_process_group()
 """
 
 
@@ -64,6 +93,14 @@ def config(tmp_path_factory):
 def alone(config):
     """The run of a single process."""
     return train(config).run
+
+
+ALL_PARTS = {"likelihood": "gaussian", "ema": 0.9, "accumulate": 2, "clip_norm": 0.5}
+
+
+@pytest.fixture(scope="module")
+def alone_with_all_parts(config, tmp_path_factory):
+    return train(replace(config, out=tmp_path_factory.mktemp("parts") / "one", **ALL_PARTS)).run
 
 
 def torchrun(*arguments, **options):
@@ -128,6 +165,86 @@ def test_a_run_that_is_told_to_stop_goes_on_alone(config, alone, tmp_path):
     assert 5 <= state["step"] < STEPS
     train(TrainConfig.from_run(run))
     assert_same_but_for_rounding(run, alone)
+
+
+class TestSharded:
+    """Each process keeps a share of the weights; a learned scale, which is one number, is kept by all."""
+
+    @pytest.fixture
+    def alone(self, alone_with_all_parts):
+        return alone_with_all_parts
+
+    @pytest.fixture
+    def sharded(self, config, tmp_path):
+        return replace(config, out=tmp_path / "run", shard=True, **ALL_PARTS)
+
+    def test_two_processes_are_one(self, alone, sharded, tmp_path):
+        program = tmp_path / "program.py"
+        program.write_text(PROGRAM)
+        process = torchrun(str(program), "", json.dumps(sharded.to_json()))
+        output = output_of(process)
+        assert process.returncode == 0, output
+        assert "Warning" not in output
+        run = sharded.out
+        assert_same_but_for_rounding(run, alone)
+        (folder,) = run.glob("checkpoint-*")
+        assert folder.name == f"checkpoint-{STEPS:08d}"
+        sizes = [path.stat().st_size for path in folder.iterdir()]
+        whole = (alone / "checkpoint.pt").stat().st_size
+        assert len(sizes) == 2
+        assert max(sizes) < 0.6 * whole
+        assert (run / "checkpoint.pt").stat().st_size < 0.5 * whole  # no second copy of what is in the folder
+        state = load_part(run / "checkpoint.pt", "criterion")  # what is not sharded stays
+        torch.testing.assert_close(state, load_part(alone / "checkpoint.pt", "criterion"))
+
+    def test_two_then_one_then_two(self, alone, sharded, tmp_path):
+        """Each goes on from what another number of processes left."""
+        run = sharded.out
+        program = tmp_path / "program.py"
+        program.write_text(PROGRAM)
+        process = torchrun(str(program), "stop 5", json.dumps(sharded.to_json()))
+        output = output_of(process)
+        assert "training stopped by SIGTERM" in output, output
+        assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-00000006"]
+
+        def stop(event):
+            if isinstance(event, Logged) and (event.record["step"], event.record["split"]) == (12, "train"):
+                signal.raise_signal(signal.SIGTERM)
+
+        with pytest.raises(TrainingInterrupted):
+            train(TrainConfig.from_run(run), on_event=stop)
+        assert not list(run.glob("checkpoint-*"))  # one process keeps all in one file
+        process = torchrun(str(program), "", json.dumps(TrainConfig.from_run(run).to_json()))
+        output = output_of(process)
+        assert process.returncode == 0, output
+        assert_same_but_for_rounding(run, alone)
+
+    def test_a_lost_shard_is_said(self, sharded, tmp_path):
+        program = tmp_path / "program.py"
+        program.write_text(PROGRAM)
+        output_of(torchrun(str(program), "stop 5", json.dumps(sharded.to_json())))
+        (folder,) = sharded.out.glob("checkpoint-*")
+        shard = next(folder.glob("shard-00002*"))
+        content = shard.read_bytes()
+        shard.write_bytes(content[: len(content) // 2])
+        with pytest.raises(ValueError, match="checkpoint-00000006 of the checkpoint is damaged or not complete"):
+            train(TrainConfig.from_run(sharded.out))
+        shard.unlink()
+        with pytest.raises(ValueError, match="damaged or not complete"):
+            train(TrainConfig.from_run(sharded.out))
+        shard.write_bytes(content)
+        assert train(TrainConfig.from_run(sharded.out)).run == sharded.out
+
+    def test_gradients_are_clipped_by_the_norm_of_all(self, tmp_path):
+        program = tmp_path / "program.py"
+        program.write_text(CLIPPING)
+        process = torchrun(str(program))
+        output = output_of(process)
+        assert process.returncode == 0, output
+
+    def test_losses_that_are_scaled_are_refused(self, config):
+        with pytest.raises(ValueError, match="fp32 or bf16 with shard"):
+            replace(config, shard=True, precision="fp16")
 
 
 def test_parts_of_a_batch_add_up_to_it(config, alone, tmp_path):

@@ -18,7 +18,7 @@ import fastvae
 from fastvae import data
 from fastvae.models import VAE, VAEConfig
 from fastvae.presets import PRESETS
-from fastvae.training import Objective, RunFolderError, TrainConfig, TrainingInterrupted, loop, train
+from fastvae.training import Objective, RunFolderError, TrainConfig, TrainingInterrupted, setup, train
 from fastvae.training.evaluation import baseline_nats, evaluate
 from fastvae.training.events import Logged, Saved
 from fastvae.training.objective import decode_to_images
@@ -298,7 +298,7 @@ def test_stopped_run_goes_on_bit_for_bit(config, options):
 
 
 def test_loss_parameters_do_not_decay(config):
-    optimizer = loop.make_optimizer(
+    optimizer = setup.make_optimizer(
         replace(config, likelihood="gaussian", weight_decay=0.1), objective_of(replace(config, likelihood="gaussian"))
     )
     assert [(len(group["params"]), group["weight_decay"]) for group in optimizer.param_groups] == [(8, 0.1), (1, 0.0)]
@@ -332,10 +332,13 @@ def test_pictures_show_probabilities_of_logits(config, monkeypatch, likelihood):
     from fastvae.training import pictures  # here: importing it needs the extra
 
     config = replace(config, likelihood=likelihood)
-    drawn = {}
-    monkeypatch.setattr(
-        pictures, "save_grid", lambda path, images, *, columns: drawn.__setitem__(path.name, images) or path
-    )
+    drawn, save_grid = {}, pictures.save_grid
+
+    def seen(path, images, *, columns):
+        drawn[path.name] = images
+        return save_grid(path, images, columns=columns)
+
+    monkeypatch.setattr(pictures, "save_grid", seen)
     train(config)
     model = VAE.from_pretrained(config.out / "model")
     z = fastvae.philox_normal((64, LATENTS), seed=0)

@@ -59,7 +59,7 @@ class Bench:
 
 def run(options: Bench) -> int:
     """Print the figures."""
-    from fastvae.training.loop import resolve_device
+    from fastvae.training.setup import resolve_device
 
     from .inputs import require_positive
 

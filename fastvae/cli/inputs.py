@@ -8,9 +8,9 @@ from torch.utils.data import Dataset
 from fastvae import data
 from fastvae.models import VAE
 from fastvae.training import Objective, TrainConfig
-from fastvae.training.loop import resolve_device
 from fastvae.training.objective import decode_to_images
 from fastvae.training.run_folder import METRICS_FILE
+from fastvae.training.setup import resolve_device
 
 
 def load_model(path: Path, device: str) -> VAE:

@@ -1,5 +1,6 @@
 """Checkpoints: all that a run needs to go on as if it had never stopped."""
 
+import shutil
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -9,6 +10,7 @@ from .._files import atomic_write
 from .config import TrainConfig
 
 CHECKPOINT_FILE = "checkpoint.pt"
+SHARDS = "checkpoint-"  # then the step: folder of the sharded tensors of a checkpoint
 FORMAT = "fastvae training checkpoint 2"
 # the first format has neither a loss with state nor averaged weights, and no options that would need them
 READABLE = (FORMAT, "fastvae training checkpoint 1")
@@ -21,7 +23,8 @@ def save_checkpoint(path: Path, *, config: TrainConfig, images: dict[str, Any], 
         path: File to write.
         config: Options of the run.
         images: What identifies the training images; compared on resume.
-        state: Tensors, numbers and containers of them, as `state_dict` methods give them.
+        state: Tensors, numbers and containers of them, as `state_dict` methods give them; "shards" names the folder of
+            those that are sharded. The folders of former checkpoints are removed.
     """
     random = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
@@ -29,6 +32,9 @@ def save_checkpoint(path: Path, *, config: TrainConfig, images: dict[str, Any], 
     content = {"format": FORMAT, "config": config.to_json(), "images": images, "random": random, "state": state}
     with atomic_write(path) as file:
         _write(content, file)
+    for folder in path.parent.glob(f"{SHARDS}*"):
+        if folder.name != state.get("shards", {}).get("folder"):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def load_checkpoint(path: Path, *, config: TrainConfig, images: dict[str, Any]) -> dict[str, Any]:

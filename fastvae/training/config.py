@@ -19,7 +19,9 @@ from .objective_options import (
 CONFIG_FILE = "config.json"
 
 # what a resumed run may change without changing what it learns; `out` and `resume` only say where the run folder is
-FREE_ON_RESUME = frozenset({"out", "resume", "device", "workers", "log_every", "checkpoint_every", "log", "strict"})
+FREE_ON_RESUME = frozenset(
+    {"out", "resume", "device", "workers", "log_every", "checkpoint_every", "log", "shard", "strict"}
+)
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,9 @@ class TrainConfig:
     """Channels of the latent map (autoencoder_kl)."""
     channels_last: bool = False
     """Keep images and convolutions in the memory format that GPUs convolve fastest in."""
+    shard: bool = False
+    """Under torchrun: spread weights, gradients and optimizer state over the processes (FSDP2) instead of keeping
+    copies of them."""
     compile: bool = False
     """Let torch.compile generate code for the model and its loss."""
     checkpointing: bool = False
@@ -166,6 +171,8 @@ class TrainConfig:
         _require(0 < self.validation < 1, self, "validation", "between 0 and 1, both excluded")
         _require(self.image_size is None or min(self.image_size) >= 1, self, "image_size", "two sizes of at least 1")
         _require(self.precision in ("fp32", "bf16", "fp16"), self, "precision", "fp32, bf16 or fp16")
+        unscaled = not (self.shard and self.precision == "fp16")
+        _require(unscaled, self, "precision", "fp32 or bf16 with shard, where the losses have no common scale")
         _require(self.log in (None, "tensorboard"), self, "log", "tensorboard or not given")
         check_objective(self)
 

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -71,9 +71,18 @@ class World:
         ids = [device] if device.type == "cuda" else None
         return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
 
-    def without_averaging(self, module: nn.Module) -> AbstractContextManager[Any]:
+    @contextmanager
+    def without_averaging(self, module: nn.Module) -> Iterator[None]:
         """For backward passes whose gradients only add up to those of a later one."""
-        return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()
+        if isinstance(module, DistributedDataParallel):
+            with module.no_sync():
+                yield
+        elif set_averaging := getattr(module, "set_requires_gradient_sync", None):  # FSDP2, which imports slowly
+            set_averaging(False)
+            yield
+            set_averaging(True)
+        else:
+            yield
 
 
 ALONE = World()

@@ -1,5 +1,6 @@
 """The training loop, top to bottom."""
 
+import copy
 import math
 import time
 from collections.abc import Callable
@@ -9,12 +10,11 @@ from signal import Signals
 from typing import Any, cast
 
 import torch
-from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from fastvae import data
-from fastvae.models import VAE, VAEConfig
+from fastvae.models import VAE
 
 from .._files import write_json
 from .batches import epoch_order, load_batches, stack_images
@@ -29,6 +29,7 @@ from .objective import Objective, decode_to_images
 from .recorder import Recorder
 from .run_folder import choose_run_folder, naming_the_run
 from .schedule import learning_rate
+from .setup import averaged_over_steps, make_optimizer, model_config, resolve_device
 from .step import accumulated, shared_batch_size
 
 # devices where reading a value waits for nothing; on others the loss is checked when it is read anyway
@@ -110,16 +111,30 @@ def _train(
 
     torch.manual_seed(config.seed)
     model = VAE(model_config(config, shape)).to(device)
-    if config.channels_last:
+    sharded = config.shard and world.size > 1
+    if config.channels_last and not sharded:  # FSDP2 takes contiguous weights only
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     objective = Objective.of(config, model, batch_size=batch_size, total_steps=total_steps).to(device)
     baseline = baseline_nats(train_set, validation_set, objective.likelihood, workers=config.workers)
+    averaged = averaged_over_steps(objective, config.ema, sharded=sharded) if config.ema else None
+    result = best = cast(Objective, averaged.module) if averaged else objective  # best: to evaluate, draw and export
+    module: nn.Module = objective
+    clip_gradients: Callable[..., Tensor] = torch.nn.utils.clip_grad_norm_
+    if sharded:
+        from . import sharding  # and with it much of torch.distributed
+
+        clip_gradients = sharding.clip_gradients
+        best = copy.deepcopy(objective)
+        for each in dict.fromkeys((objective, result)):
+            sharding.shard(each, device, world)
+        if config.compile:
+            for part in (objective.model.encoder, objective.model.decoder):
+                part.compile()
+    else:
+        module = cast(nn.Module, torch.compile(objective)) if config.compile else objective
+        module = world.wrap(module, device)
     parameters = list(objective.parameters())
     optimizer = make_optimizer(config, objective)
-    averaged = averaged_over_steps(objective, config.ema) if config.ema else None
-    best = cast(Objective, averaged.module) if averaged else objective  # to evaluate, draw and export
-    module: nn.Module = cast(nn.Module, torch.compile(objective)) if config.compile else objective
-    module = world.wrap(module, device)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     running = RunningMean(device)
     watch = FiniteWatch(device)
@@ -130,6 +145,10 @@ def _train(
     step = 0
     if config.resume and (run / CHECKPOINT_FILE).exists():
         state = load_checkpoint(run / CHECKPOINT_FILE, config=config, images=images_id)
+        if sharded or "shards" in state:
+            from . import sharding
+
+            state = sharding.fitted(run / CHECKPOINT_FILE, state, stateful, optimizer)
         step = state["step"]
         for name, part in stateful.items():
             part.load_state_dict(state.get(name, {}))
@@ -145,15 +164,21 @@ def _train(
     sizes = len(train_set), len(validation_set), n_parameters
     notify(Started(run, str(device), *sizes, step, total_steps, baseline, len(skipped)))
 
+    def gather_best() -> None:
+        if sharded:
+            sharding.gather(result, best)
+
     def save() -> None:
         watch.check()  # never replace a good checkpoint by a broken one
         running.join(world)
-        if not world.is_first:
-            return
-        state = {name: part.state_dict() for name, part in stateful.items()}
+        gather_best()
+        state = {"step": step} | {name: part.state_dict() for name, part in stateful.items()}
         with naming_the_run(run):
-            save_checkpoint(run / CHECKPOINT_FILE, config=config, images=images_id, state={"step": step, **state})
-            best.model.save_pretrained(run / "model")
+            if sharded:
+                state = sharding.save_shards(run / CHECKPOINT_FILE, state, world)
+            if world.is_first:
+                save_checkpoint(run / CHECKPOINT_FILE, config=config, images=images_id, state=state)
+                best.model.save_pretrained(run / "model")
         notify(Saved(step, run / CHECKPOINT_FILE))
 
     with deferred_signals() as pending, recorder:
@@ -173,8 +198,10 @@ def _train(
                 if config.channels_last:
                     images = images.contiguous(memory_format=torch.channels_last)
                 terms = accumulated(config, objective, module, images, own.start, step, scaler, world)
+                if sharded:
+                    sharding.average_whole_gradients(objective, world)
                 scaler.unscale_(optimizer)
-                norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+                norm = clip_gradients(parameters, config.clip_norm)
                 scaler.step(optimizer)
                 scaler.update()
                 optimizer.zero_grad()
@@ -199,6 +226,7 @@ def _train(
                     logged_at, logged_step = now, step
                 if step % steps_per_epoch == 0:
                     watch.check()
+                    gather_best()
                     scores = evaluate(best, validation_set, workers=config.workers, world=world)
                     found, passes = scores.evaluation, step // steps_per_epoch
                     figures = {"lr": rate, "beta": objective.beta_at(step), "active_units": found.active_units}
@@ -212,6 +240,7 @@ def _train(
                 if signal:
                     raise TrainingInterrupted(run, step, Signals(signal))
 
+    gather_best()
     scores = evaluate(best, validation_set, workers=config.workers, world=world)
     drawn: list[Path] = []
     if world.is_first:
@@ -220,53 +249,3 @@ def _train(
             drawn = report.summarize(run, best, validation_set, scores, **shown)
     notify(Finished(run, scores.evaluation, drawn))
     return TrainResult(run, scores.evaluation, baseline, drawn)
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device of an option such as "auto", "cpu" or "cuda:1".
-
-    Raises:
-        ValueError: unknown, or not there on this machine.
-    """
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if name == "auto":
-        return accelerator or torch.device("cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f'device must be "auto", "cpu", "cuda", "cuda:1", "mps", ...; got {name!r}.') from error
-    if device.type != "cpu":
-        count = torch.accelerator.device_count() if accelerator and accelerator.type == device.type else 0
-        if (device.index or 0) >= count:
-            raise ValueError(f"device {name!r} is not there: this machine has {count} of that kind. Use auto or cpu.")
-    return device
-
-
-def make_optimizer(config: TrainConfig, objective: Objective) -> torch.optim.Optimizer:
-    """AdamW; the parameters of the loss do not decay."""
-    groups: list[dict[str, Any]] = [{"params": list(objective.model.parameters())}]
-    if list(objective.criterion.parameters()):
-        groups.append({"params": list(objective.criterion.parameters()), "weight_decay": 0.0})
-    fused = next(objective.parameters()).device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused)
-
-
-def averaged_over_steps(objective: Objective, decay: float) -> AveragedModel:
-    """Exponential moving average of model and loss; the first step's weights are where it begins."""
-    # without `device`, its count of steps stays on the host, and averaging waits for nothing
-    return AveragedModel(objective, multi_avg_fn=get_ema_multi_avg_fn(decay))  # type: ignore[no-untyped-call]
-
-
-def model_config(config: TrainConfig, shape: tuple[int, ...]) -> VAEConfig:
-    """The model that the options ask for, for images of `shape`, (channels, height, width)."""
-    channels, height, width = shape
-    return VAEConfig(
-        image_size=(height, width),
-        channels=channels,
-        backbone=config.backbone,
-        latent_dim=config.latent_dim,
-        width=config.width,
-        hidden=config.hidden,
-        latent_channels=config.latent_channels,
-        checkpointing=config.checkpointing,
-    )

@@ -1,0 +1,63 @@
+"""What a run is made of: its device, its model, its optimizer, its averaged weights."""
+
+from typing import Any
+
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
+
+from fastvae.models import VAEConfig
+
+from .config import TrainConfig
+from .objective import Objective
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of an option such as "auto", "cpu" or "cuda:1".
+
+    Raises:
+        ValueError: unknown, or not there on this machine.
+    """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if name == "auto":
+        return accelerator or torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f'device must be "auto", "cpu", "cuda", "cuda:1", "mps", ...; got {name!r}.') from error
+    if device.type != "cpu":
+        count = torch.accelerator.device_count() if accelerator and accelerator.type == device.type else 0
+        if (device.index or 0) >= count:
+            raise ValueError(f"device {name!r} is not there: this machine has {count} of that kind. Use auto or cpu.")
+    return device
+
+
+def make_optimizer(config: TrainConfig, objective: Objective) -> torch.optim.Optimizer:
+    """AdamW; the parameters of the loss do not decay."""
+    groups: list[dict[str, Any]] = [{"params": list(objective.model.parameters())}]
+    if list(objective.criterion.parameters()):
+        groups.append({"params": list(objective.criterion.parameters()), "weight_decay": 0.0})
+    fused = next(objective.parameters()).device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused)
+
+
+def averaged_over_steps(objective: Objective, decay: float, *, sharded: bool) -> AveragedModel:
+    """Exponential moving average of model and loss; the first step's weights are where it begins."""
+    # all tensors at once, unless some are sharded and some are not
+    function = {"avg_fn": get_ema_avg_fn(decay)} if sharded else {"multi_avg_fn": get_ema_multi_avg_fn(decay)}  # type: ignore[no-untyped-call]
+    # without `device`, its count of steps stays on the host, and averaging waits for nothing
+    return AveragedModel(objective, **function)
+
+
+def model_config(config: TrainConfig, shape: tuple[int, ...]) -> VAEConfig:
+    """The model that the options ask for, for images of `shape`, (channels, height, width)."""
+    channels, height, width = shape
+    return VAEConfig(
+        image_size=(height, width),
+        channels=channels,
+        backbone=config.backbone,
+        latent_dim=config.latent_dim,
+        width=config.width,
+        hidden=config.hidden,
+        latent_channels=config.latent_channels,
+        checkpointing=config.checkpointing,
+    )
