@@ -16,7 +16,16 @@ from torch.utils.data import TensorDataset
 import fastvae
 from fastvae import data
 from fastvae.models import VAE, VAEConfig
-from fastvae.training import NonFiniteLossError, TrainConfig, TrainingInterrupted, bits_per_dim, loop, setup, train
+from fastvae.training import (
+    NonFiniteLossError,
+    TrainConfig,
+    TrainingInterrupted,
+    batches,
+    bits_per_dim,
+    loop,
+    setup,
+    train,
+)
 from fastvae.training.batches import epoch_order, labels_of
 from fastvae.training.evaluation import baseline_nats, evaluate
 from fastvae.training.events import Logged
@@ -353,6 +362,32 @@ def test_epoch_order_is_a_shuffle_of_full_batches_by_seed_and_epoch():
     assert order == epoch_order(11, 3, seed=5, epoch=2)
     assert order != epoch_order(11, 3, seed=5, epoch=3)
     assert order != epoch_order(11, 3, seed=2, epoch=5)
+
+
+def test_images_that_stay_on_the_device_change_nothing(config, whole_run):
+    config = replace(config, cache="device")
+    with pytest.raises(TrainingInterrupted):
+        train(config, on_event=stop_at(8, signal.SIGTERM))
+    train(TrainConfig.from_run(config.out))
+    assert_same_run(config.out, whole_run)
+
+
+@pytest.mark.parametrize(("cache", "free", "stay"), [("auto", 4, True), ("auto", 3.9, False), ("none", 9, False)])
+def test_images_stay_where_they_fit(monkeypatch, cache, free, stay):
+    images = blobs(700)
+    monkeypatch.setattr(batches, "free_bytes", lambda device: int(free * images.nbytes))
+    found = batches.resident_images(TensorDataset(images), torch.device("cpu"), cache)
+    assert (found is not None) == stay
+    if stay:
+        assert torch.equal(found, images)
+        order = [[3, 1], [699, 0]]
+        for batch, rows in zip(batches.batches_of(found, order), order, strict=True):
+            assert torch.equal(batch, images[rows])
+
+
+def test_images_stay_out_of_memory_that_is_not_an_accelerators():
+    assert batches.free_bytes(torch.device("cpu")) == 0
+    assert batches.resident_images(TensorDataset(blobs(3)), torch.device("cpu"), "auto") is None
 
 
 def test_bits_per_dim():

@@ -1,6 +1,6 @@
 """Batches of images: their order, their loading, and their labels."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,39 @@ def load_batches(
         pin_memory=device is not None and device.type == "cuda",
         generator=torch.Generator(),
     )
+
+
+def resident_images(dataset: Dataset[Any], device: torch.device, cache: str, *, workers: int = 0) -> Tensor | None:
+    """All images as one tensor on the device, where they are to stay; None where each epoch loads them.
+
+    Args:
+        dataset: Images [C, H, W] of one size.
+        device: Where the training is.
+        cache: "device": always; "none": never; "auto": on an accelerator with room for four times as much.
+        workers: Processes that load images.
+    """
+    n_images = len(dataset)  # type: ignore[arg-type]
+    first = stack_images([dataset[0]])
+    if cache == "none" or (cache == "auto" and 4 * n_images * first.nbytes > free_bytes(device)):
+        return None
+    images = torch.empty((n_images, *first.shape[1:]), dtype=first.dtype, device=device)
+    place = 0
+    for batch in all_batches(dataset, 512, workers=workers, device=device):
+        images[place : place + len(batch)].copy_(batch, non_blocking=True)
+        place += len(batch)
+    return images
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of an accelerator that nobody has taken; 0 of others, and where it is not known."""
+    tell = None if device.type == "cpu" else getattr(torch.get_device_module(device), "mem_get_info", None)
+    return 0 if tell is None else int(tell(device)[0])
+
+
+def batches_of(resident: Tensor, order: Sequence[Sequence[int]]) -> Iterator[Tensor]:
+    """As `load_batches`, of images that are on the device."""
+    for rows in torch.tensor(order, device=resident.device):
+        yield resident[rows]
 
 
 def all_batches(

@@ -20,7 +20,7 @@ CONFIG_FILE = "config.json"
 
 # what a resumed run may change without changing what it learns; `out` and `resume` only say where the run folder is
 FREE_ON_RESUME = frozenset(
-    {"out", "resume", "device", "workers", "log_every", "checkpoint_every", "log", "shard", "strict"}
+    {"out", "resume", "device", "workers", "cache", "log_every", "checkpoint_every", "log", "shard", "strict"}
 )
 
 
@@ -69,6 +69,9 @@ class TrainConfig:
     """Where to train: "auto" (the accelerator if there is one, else the CPU), "cpu", "cuda", "cuda:1", "mps", ..."""
     workers: int = 0
     """Processes that load images; 0 loads them in the training process."""
+    cache: Literal["auto", "device", "none"] = "auto"
+    """Where training images stay between epochs: "device" keeps them there (on a CPU, in its memory), "none" loads them
+    anew, "auto" keeps them on an accelerator with room for four times as much."""
     log_every: int = 20
     """Steps between two lines of training metrics."""
     checkpoint_every: int = 200
@@ -173,6 +176,7 @@ class TrainConfig:
         _require(self.precision in ("fp32", "bf16", "fp16"), self, "precision", "fp32, bf16 or fp16")
         unscaled = not (self.shard and self.precision == "fp16")
         _require(unscaled, self, "precision", "fp32 or bf16 with shard, where the losses have no common scale")
+        _require(self.cache in ("auto", "device", "none"), self, "cache", "auto, device or none")
         _require(self.log in (None, "tensorboard"), self, "log", "tensorboard or not given")
         check_objective(self)
 

@@ -3,7 +3,7 @@
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from signal import Signals
@@ -17,7 +17,7 @@ from fastvae import data
 from fastvae.models import VAE
 
 from .._files import write_json
-from .batches import epoch_order, load_batches, stack_images
+from .batches import batches_of, epoch_order, load_batches, resident_images, stack_images
 from .checkpoint import CHECKPOINT_FILE, load_checkpoint, save_checkpoint
 from .config import CONFIG_FILE, TrainConfig
 from .distributed import World, own_device, resumed_after_restart, world_of
@@ -181,14 +181,19 @@ def _train(
                 best.model.save_pretrained(run / "model")
         notify(Saved(step, run / CHECKPOINT_FILE))
 
+    resident = resident_images(train_set, device, config.cache, workers=config.workers)
     with deferred_signals() as pending, recorder:
         while step < total_steps:
             epoch, done = divmod(step, steps_per_epoch)
             order = epoch_order(len(train_set), batch_size, seed=config.seed, epoch=epoch)[done:]
             own = world.part(batch_size)
             own_order = [batch[own.start : own.stop] for batch in order]
+            if resident is None:
+                batches: Iterable[Tensor] = load_batches(train_set, own_order, workers=config.workers, device=device)
+            else:
+                batches = batches_of(resident, own_order)
             logged_at, logged_step = time.perf_counter(), step
-            for batch in load_batches(train_set, own_order, workers=config.workers, device=device):
+            for batch in batches:
                 rate = learning_rate(
                     step, peak=config.learning_rate, warmup_steps=config.warmup_steps, total_steps=total_steps
                 )
