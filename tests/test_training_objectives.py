@@ -6,6 +6,8 @@ import math
 import os
 import resource
 import signal
+import sys
+import types
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -556,3 +558,57 @@ def test_nan_in_the_images_is_said_before_the_training(config, part):
     with pytest.raises(ValueError, match=rf"the {'training' if part == 0 else 'validation'} images hold NaN"):
         train(config, dataset=images)
     assert not config.out.exists()
+
+
+class TestPerceptual:
+    """With a stand-in for lpips, whose weights come from the network."""
+
+    WEIGHT = 0.5
+
+    @pytest.fixture(autouse=True)
+    def lpips(self, monkeypatch):
+        class LPIPS(torch.nn.Module):
+            def __init__(self, net, verbose):
+                super().__init__()
+                assert (net, verbose) == ("vgg", False)
+                torch.manual_seed(9)
+                self.features = torch.nn.Conv2d(3, 4, 3)
+
+            def forward(self, recon, images, normalize):
+                assert normalize
+                assert recon.shape[1] == images.shape[1] == 3
+                difference = self.features(2 * recon - 1) - self.features(2 * images - 1)
+                return difference.square().mean(dim=(1, 2, 3), keepdim=True)
+
+        module = types.ModuleType("lpips")
+        module.LPIPS = LPIPS
+        monkeypatch.setitem(sys.modules, "lpips", module)
+        return LPIPS
+
+    @pytest.mark.parametrize("likelihood", ["l2", "bernoulli", "bernoulli_probs"])
+    def test_it_is_added_to_each_element_while_training(self, config, lpips, likelihood):
+        with_it = objective_of(replace(config, likelihood=likelihood, perceptual=self.WEIGHT))
+        without = objective_of(replace(config, likelihood=likelihood))
+        images = images_of(BATCH)
+        _, terms = with_it(images, seed=0)
+        out, plain = without(images, seed=0)
+        x = (images / 255).expand(-1, 3, -1, -1)
+        recon = out.recon.sigmoid() if likelihood == "bernoulli" else out.recon
+        distances = lpips("vgg", False)(recon.expand(-1, 3, -1, -1), x, normalize=True)
+        torch.testing.assert_close(terms.loss, plain.loss + self.WEIGHT * PIXELS * distances.mean())
+        assert torch.equal(with_it.eval()(images, seed=0)[1].loss, without.eval()(images, seed=0)[1].loss)
+
+    def test_its_network_is_no_part_of_the_run(self, config):
+        run = train(replace(config, perceptual=self.WEIGHT, ema=0.9)).run
+        state = torch.load(run / "checkpoint.pt", weights_only=True)["state"]
+        names = [*state["model"], *state["criterion"], *state["ema"]]
+        assert not any("features" in name or "perceptual" in name for name in names)
+        assert len(state["optimizer"]["state"]) == len(list(objective_of(config).parameters()))
+        other = train(replace(config, out=config.out.with_name("plain"), ema=0.9)).run
+        assert metrics_of(run)[-1]["loss"] != metrics_of(other)[-1]["loss"]
+
+    def test_missing_package_is_said(self, config, monkeypatch):
+        monkeypatch.setitem(sys.modules, "lpips", None)
+        with pytest.raises(ImportError, match="pip install lpips"):
+            train(replace(config, perceptual=1.0))
+        assert not config.out.exists()

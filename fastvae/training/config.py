@@ -107,6 +107,9 @@ class TrainConfig:
     """Count the constant log(2 pi) / 2 of each element too (gaussian...)."""
     likelihood_softclip: float | None = None
     """Soft lower bound of log sigma (gaussian...)."""
+    perceptual: float | None = None
+    """Weight of a perceptual distance, LPIPS, that is added to the error of each element while training, as latent
+    diffusion does with 1; needs the package lpips. The figures of validation are without it."""
     recon_weight: float | None = None
     """Weight of the reconstruction term in the loss; 1 unless the preset has another."""
     reduction: Reduction | None = None

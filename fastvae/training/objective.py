@@ -17,6 +17,7 @@ from fastvae.regularizers import Capacity, FreeBits
 from .checkpoint import CHECKPOINT_FILE, load_part
 from .config import TrainConfig
 from .objective_options import loss_options
+from .perceptual import Distance, lpips_distance
 
 
 class Objective(nn.Module):
@@ -28,6 +29,8 @@ class Objective(nn.Module):
             None.
         logvar_clamp: Bounds of the posterior's log variance.
         beta_unit: What a beta of 1 is in the loss; not 1 where the loss is a sum over the batch or a mean of elements.
+        perceptual: [B] distances of reconstructions from images, added to the error of each element while training.
+        perceptual_weight: What these are multiplied by.
     """
 
     def __init__(
@@ -37,12 +40,16 @@ class Objective(nn.Module):
         *,
         logvar_clamp: tuple[float, float] | None = None,
         beta_unit: float = 1.0,
+        perceptual: Distance | None = None,
+        perceptual_weight: float = 1.0,
     ) -> None:
         super().__init__()
         self.model = model
         self.criterion = criterion if criterion is not None else fastvae.VAELoss(return_terms=True)
         self.logvar_clamp = logvar_clamp
         self.beta_unit = beta_unit
+        self.perceptual = perceptual
+        self.perceptual_weight = perceptual_weight
 
     @classmethod
     def of(cls, config: TrainConfig, model: VAE, *, batch_size: int, total_steps: int) -> "Objective":
@@ -67,7 +74,14 @@ class Objective(nn.Module):
             logvar_clamp=clamp if _by_dimension(free_bits) else None,
             **options,
         )
-        return cls(model, criterion, logvar_clamp=clamp, beta_unit=beta_unit)
+        return cls(
+            model,
+            criterion,
+            logvar_clamp=clamp,
+            beta_unit=beta_unit,
+            perceptual=lpips_distance(next(model.parameters()).device) if config.perceptual else None,
+            perceptual_weight=config.perceptual or 0.0,
+        )
 
     @classmethod
     def of_run(cls, run: Path, model: VAE) -> "Objective":
@@ -108,9 +122,10 @@ class Objective(nn.Module):
         """Run the model on images, with the noise of torch's default generator or of `seed`, and take the loss."""
         out = self.run_model(images, seed, offset)
         out = out._replace(recon=self._as_likelihood_wants(out.recon))
+        extra = self._perceptual_error(out.recon, images) if self.training else None
         if _by_dimension(self.criterion.free_bits):  # which the KL of a whole image does not tell
-            return out, self.criterion(out.recon, images, out.mu, out.logvar)
-        return out, self.criterion(out.recon, images, kl=out.kl)
+            return out, self.criterion(out.recon, images, out.mu, out.logvar, extra=extra)
+        return out, self.criterion(out.recon, images, kl=out.kl, extra=extra)
 
     def run_model(self, images: Tensor, seed: int | None, offset: int) -> VAEOutput:
         if self.logvar_clamp is None:
@@ -134,6 +149,12 @@ class Objective(nn.Module):
     def _as_likelihood_wants(self, recon: Tensor) -> Tensor:
         # 16 bits have no probability between 0.998 and 1
         return recon.float().sigmoid() if isinstance(self.likelihood, BernoulliProbs) else recon
+
+    def _perceptual_error(self, recon: Tensor, images: Tensor) -> Tensor | None:
+        if self.perceptual is None:
+            return None
+        is_logits = self.decodes_logits and not isinstance(self.likelihood, BernoulliProbs)
+        return self.perceptual_weight * self.perceptual(recon.sigmoid() if is_logits else recon, images)
 
     def step(self) -> None:
         """Bring the schedules to the next optimizer step, on the device."""

@@ -104,7 +104,7 @@ def check_objective(config: "TrainConfig") -> None:
         _require(value is None or value in get_args(choices), config, name, f"one of {', '.join(get_args(choices))}")
     if config.preset is not None:
         preset_options(config.preset)  # knows the names
-    for name in ("beta", "beta_start", "recon_weight", "free_bits", "capacity"):
+    for name in ("beta", "beta_start", "recon_weight", "perceptual", "free_bits", "capacity"):
         value = getattr(config, name)
         _require(value is None or (value >= 0 and math.isfinite(value)), config, name, "a finite number, at least 0")
     for name in ("beta_delay", "capacity_steps"):
