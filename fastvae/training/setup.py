@@ -31,6 +31,13 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def is_channels_last(config: TrainConfig, device: torch.device) -> bool:
+    """Whether images and convolutions are in the memory format channels_last."""
+    if config.channels_last is not None:
+        return config.channels_last
+    return device.type == "cpu" and config.backbone == "conv" and config.precision == "fp32"
+
+
 def make_optimizer(config: TrainConfig, objective: Objective) -> torch.optim.Optimizer:
     """AdamW; the parameters of the loss do not decay."""
     groups: list[dict[str, Any]] = [{"params": list(objective.model.parameters())}]
