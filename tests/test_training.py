@@ -385,7 +385,6 @@ def test_convolutions_go_on_bit_for_bit_too(config):
         ("cpu", {}, True),
         ("cpu", {"backbone": "mlp"}, False),
         ("cpu", {"precision": "bf16"}, False),
-        ("cpu", {"channels_last": False}, False),
         ("cuda", {}, False),
         ("cuda", {"channels_last": True}, True),
     ],

@@ -88,9 +88,9 @@ class TrainConfig:
     """Units of the hidden layers (mlp)."""
     latent_channels: int = 4
     """Channels of the latent map (autoencoder_kl)."""
-    channels_last: bool | None = None
-    """Keep images and convolutions in the memory format that tensor cores convolve fastest in; if not given, where it
-    is faster as a rule: the conv backbone in fp32 on a CPU."""
+    channels_last: bool = False
+    """Keep images and convolutions in the memory format that tensor cores convolve fastest in; the conv backbone in
+    fp32 on a CPU, where it is faster as a rule, always does."""
     shard: bool = False
     """Under torchrun: spread weights, gradients and optimizer state over the processes (FSDP2) instead of keeping
     copies of them."""

@@ -33,9 +33,8 @@ def resolve_device(name: str) -> torch.device:
 
 def is_channels_last(config: TrainConfig, device: torch.device) -> bool:
     """Whether images and convolutions are in the memory format channels_last."""
-    if config.channels_last is not None:
-        return config.channels_last
-    return device.type == "cpu" and config.backbone == "conv" and config.precision == "fp32"
+    faster = device.type == "cpu" and config.backbone == "conv" and config.precision == "fp32"
+    return config.channels_last or faster
 
 
 def make_optimizer(config: TrainConfig, objective: Objective) -> torch.optim.Optimizer:
