@@ -58,7 +58,7 @@ class TestPhotos:
         train, validation = data.split(photos)
         groups = [set(photos.groups[part.indices].tolist()) for part in (train, validation)]
         assert not groups[0] & groups[1]
-        assert groups[0] | groups[1] == set(range(10))
+        assert groups[0] | groups[1] == set(range(9))
         assert len(groups[1]) == 1
         assert len(train) + len(validation) == len(photos)
         assert photos.groups.bincount().unique().numel() == 1  # as many of each
