@@ -149,7 +149,7 @@ def _train(
         if sharded or "shards" in state:
             from . import sharding
 
-            state = sharding.fitted(run / CHECKPOINT_FILE, state, stateful, optimizer)
+            state = sharding.fitted(run / CHECKPOINT_FILE, state, stateful)
         step = state["step"]
         for name, part in stateful.items():
             part.load_state_dict(state.get(name, {}))

@@ -165,7 +165,7 @@ def is_in_progress(epoch: int, epochs: int) -> bool:
     return epoch % -(-epochs // FRAMES) == 0 or epoch == epochs
 
 
-def traversals(model: VAE, mu: Tensor, dims: list[int], *, steps: int = 11, reach: float = TRAVERSAL_REACH) -> Tensor:
+def traversals(model: VAE, mu: Tensor, dims: list[int], *, steps: int, reach: float = TRAVERSAL_REACH) -> Tensor:
     """What each of `dims` does: a row of `steps` images each, in which it goes from -reach to reach.
 
     Args:

@@ -97,21 +97,18 @@ def save_shards(path: Path, state: dict[str, Any], world: World) -> dict[str, An
     return _without(state, shards) | {"shards": {"folder": folder.name, "keys": list(shards)}}
 
 
-def fitted(
-    path: Path, state: dict[str, Any], stateful: dict[str, Any], optimizer: torch.optim.Optimizer
-) -> dict[str, Any]:
+def fitted(path: Path, state: dict[str, Any], stateful: dict[str, Any]) -> dict[str, Any]:
     """The state of a checkpoint, sharded as the run now is: from any number of processes to any other.
 
     Args:
         path: The checkpoint.
         state: What it holds.
-        stateful: What will load it, by name.
-        optimizer: Among these; its state is sharded like its parameters.
+        stateful: What will load it, by name; the state of "optimizer" is sharded like its parameters.
 
     Raises:
         ValueError: the folder beside the checkpoint is damaged.
     """
-    template = _templates(stateful, optimizer)
+    template = _templates(stateful)
     if "shards" in state:
         saved = state["shards"]
         tensors = {keys: torch.empty_like(template(keys)) for keys in saved["keys"]}
@@ -144,9 +141,9 @@ def _without(tree: dict[Any, Any], out: dict[Keys, Any], keys: Keys = ()) -> dic
     }
 
 
-def _templates(stateful: dict[str, Any], optimizer: torch.optim.Optimizer) -> Callable[[Keys], Tensor]:
+def _templates(stateful: dict[str, Any]) -> Callable[[Keys], Tensor]:
     """Which tensor, sharded or not, a tensor of the state is like."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameters = [parameter for group in stateful["optimizer"].param_groups for parameter in group["params"]]
     own = {name: part.state_dict() for name, part in stateful.items() if name != "optimizer"}
 
     def template(keys: Keys) -> Tensor:
