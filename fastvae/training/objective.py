@@ -30,7 +30,6 @@ class Objective(nn.Module):
         logvar_clamp: Bounds of the posterior's log variance.
         beta_unit: What a beta of 1 is in the loss; not 1 where the loss is a sum over the batch or a mean of elements.
         perceptual: [B] distances of reconstructions from images, added to the error of each element while training.
-        perceptual_weight: What these are multiplied by.
     """
 
     def __init__(
@@ -41,7 +40,6 @@ class Objective(nn.Module):
         logvar_clamp: tuple[float, float] | None = None,
         beta_unit: float = 1.0,
         perceptual: Distance | None = None,
-        perceptual_weight: float = 1.0,
     ) -> None:
         super().__init__()
         self.model = model
@@ -49,7 +47,6 @@ class Objective(nn.Module):
         self.logvar_clamp = logvar_clamp
         self.beta_unit = beta_unit
         self.perceptual = perceptual
-        self.perceptual_weight = perceptual_weight
 
     @classmethod
     def of(cls, config: TrainConfig, model: VAE, *, batch_size: int, total_steps: int) -> "Objective":
@@ -79,8 +76,9 @@ class Objective(nn.Module):
             criterion,
             logvar_clamp=clamp,
             beta_unit=beta_unit,
-            perceptual=lpips_distance(next(model.parameters()).device) if config.perceptual else None,
-            perceptual_weight=config.perceptual or 0.0,
+            perceptual=lpips_distance(config.perceptual, next(model.parameters()).device)
+            if config.perceptual
+            else None,
         )
 
     @classmethod
@@ -154,7 +152,7 @@ class Objective(nn.Module):
         if self.perceptual is None:
             return None
         is_logits = self.decodes_logits and not isinstance(self.likelihood, BernoulliProbs)
-        return self.perceptual_weight * self.perceptual(recon.sigmoid() if is_logits else recon, images)
+        return self.perceptual(recon.sigmoid() if is_logits else recon, images)
 
     def step(self) -> None:
         """Bring the schedules to the next optimizer step, on the device."""

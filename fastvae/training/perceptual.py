@@ -8,8 +8,8 @@ from torch import Tensor
 Distance = Callable[[Tensor, Tensor], Tensor]  # of reconstructions and images [B, C, H, W] in [0, 1]: [B]
 
 
-def lpips_distance(device: torch.device) -> Distance:
-    """LPIPS with VGG, whose weights stay as they are: no part of what is trained, averaged or saved.
+def lpips_distance(weight: float, device: torch.device) -> Distance:
+    """`weight` times LPIPS with VGG, whose weights stay as they are: no part of what is trained, averaged or saved.
 
     Source: Zhang et al., arXiv:1801.03924; added to the pixels' error as in latent diffusion, Rombach et al.,
     arXiv:2112.10752.
@@ -28,6 +28,6 @@ def lpips_distance(device: torch.device) -> Distance:
             images = images / 255
         three = [x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x for x in (recon, images.to(recon.dtype))]
         found: Tensor = network(*three, normalize=True)
-        return found.flatten()
+        return weight * found.flatten()
 
     return distance
