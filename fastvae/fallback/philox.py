@@ -4,9 +4,14 @@ Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC11); Box &
 """
 
 import math
+from typing import TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+Words = TypeVar("Words", Tensor, NDArray[np.int64])
 
 _ROUND_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
@@ -14,21 +19,23 @@ _WORD = 0xFFFFFFFF
 _CHUNK = 1 << 15  # counters at a time: the dozen int64 temporaries stay in the second-level cache
 
 
-def philox_words(seed: int | Tensor, counters: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The four 32-bit words at each counter (c, 0) under the key `seed`, as int64 tensors.
+def philox_words(seed: int | Tensor, counters: Words) -> tuple[Words, Words, Words, Words]:
+    """The four 32-bit words at each counter (c, 0) under the key `seed`, as int64.
 
-    Products of two 32-bit words wrap around in int64; both halves survive that.
+    Products of two 32-bit words wrap around in int64; both halves survive that. Odd words carry the upper half along
+    from one round to the next, because only a factor has to be free of it.
     """
     key = [seed & _WORD, (seed >> 32) & _WORD]
-    c0, c1 = counters & _WORD, (counters >> 32) & _WORD
-    c2 = c3 = torch.zeros_like(counters)
+    w0, w1, w2, w3 = counters & _WORD, counters >> 32, counters * 0, counters * 0
     for _ in range(10):
-        product0, product1 = c0 * _ROUND_MULTIPLIERS[0], c2 * _ROUND_MULTIPLIERS[1]
-        c0 = ((product1 >> 32) & _WORD) ^ c1 ^ key[0]
-        c2 = ((product0 >> 32) & _WORD) ^ c3 ^ key[1]
-        c1, c3 = product1 & _WORD, product0 & _WORD
+        product0, product1 = w0 * _ROUND_MULTIPLIERS[0], w2 * _ROUND_MULTIPLIERS[1]
+        for odd, product, k in ((w1, product1, key[0]), (w3, product0, key[1])):
+            odd ^= product >> 32
+            odd ^= k
+            odd &= _WORD
+        w0, w1, w2, w3 = w1, product1, w3, product0
         key = [(k + increment) & _WORD for k, increment in zip(key, _KEY_INCREMENTS, strict=True)]
-    return c0, c1, c2, c3
+    return w0, w1 & _WORD, w2, w3 & _WORD
 
 
 def _normal_pair(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,10 +64,19 @@ def philox_normal(
     """
     n = math.prod(shape)
     first, last = offset // 4, (offset + n + 3) // 4
-    normals = torch.empty(4 * (last - first), dtype=dtype, device=device)
+    normals = torch.empty((last - first, 2, 2), dtype=dtype, device=device)
     for start in range(first, last, _CHUNK):
-        counters = torch.arange(start, min(start + _CHUNK, last), device=device)
-        w0, w1, w2, w3 = philox_words(seed, counters)
-        chunk = torch.stack(_normal_pair(w0, w1) + _normal_pair(w2, w3), dim=1).flatten()
-        normals[4 * (start - first) :][: chunk.numel()] = chunk.float()
-    return normals[offset % 4 :][:n].reshape(shape)
+        w0, w1, w2, w3 = _words(seed, start, min(start + _CHUNK, last), device)
+        pairs = _normal_pair(torch.stack([w0, w2], dim=1), torch.stack([w1, w3], dim=1))
+        for i, values in enumerate(pairs):
+            normals[start - first : start - first + _CHUNK, :, i] = values.float()
+    return normals.flatten()[offset % 4 :][:n].reshape(shape)
+
+
+def _words(seed: int | Tensor, start: int, stop: int, device: torch.device) -> list[Tensor]:
+    """The words at counters start, ..., stop - 1."""
+    if device.type != "cpu":
+        return [*philox_words(seed, torch.arange(start, stop, device=device))]
+    # a hundred small steps: NumPy's take a third of the time of torch's
+    seed = int(seed)
+    return [torch.from_numpy(words) for words in philox_words(seed, np.arange(start, stop))]
