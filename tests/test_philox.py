@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fastvae
+from fastvae.fallback import philox
 from fastvae.fallback.philox import philox_words
 
 # Random123's published known answers for philox4x32-10 with counter words (c, c, 0, 0), key words (k, k): its
@@ -65,6 +66,15 @@ def test_normals_of_a_counter(backend, seed, counter):
     torch.testing.assert_close(
         actual.double(), torch.tensor(true_normals(words), dtype=torch.float64), rtol=0, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("seed", [7, -1, torch.tensor([2**63 - 3])], ids=str)
+def test_both_libraries_of_the_fallback_agree(monkeypatch, seed):
+    """NumPy makes the noise of CPUs, torch that of other devices; here torch is made to take the CPU's."""
+    by_numpy = philox.philox_normal(torch.Size([3, 70_001]), seed, 5, torch.float32, torch.device("cpu"))
+    monkeypatch.setattr(philox, "_BY_NUMPY", ())
+    by_torch = philox.philox_normal(torch.Size([3, 70_001]), seed, 5, torch.float32, torch.device("cpu"))
+    torch.testing.assert_close(by_torch, by_numpy, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -172,6 +172,7 @@ def _train(
     def save() -> None:
         watch.check()  # never replace a good checkpoint by a broken one
         running.join(world)
+        recorder.sync()
         gather_best()
         state = {"step": step} | {name: part.state_dict() for name, part in stateful.items()}
         with naming_the_run(run):

@@ -71,6 +71,12 @@ class Recorder:
                 self.board.flush()
         self.notify(Logged(record))
 
+    def sync(self) -> None:
+        """Bring what was logged to the disk: before a checkpoint, so that none is newer than its metrics."""
+        if self.metrics is not None:
+            with naming_the_run(self.run):
+                self.metrics.sync()
+
     def __enter__(self) -> Self:
         return self
 

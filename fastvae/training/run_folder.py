@@ -89,11 +89,14 @@ class MetricsFile:
         write_bytes(path, "".join(json.dumps(record) + "\n" for record in self.records).encode())
 
     def append(self, record: dict[str, Any]) -> None:
-        """Add one line; it is on the disk when this returns, so no checkpoint is newer than its metrics."""
+        """Add one line."""
         self.records.append(record)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-            file.flush()
+
+    def sync(self) -> None:
+        """Wait until all lines are on the disk, which takes as long as a step of training, or ten."""
+        with self.path.open("a") as file:
             os.fsync(file.fileno())
 
 
