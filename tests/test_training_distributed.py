@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
-from fastvae.models import VAE
+from fastvae import VAELossTerms
+from fastvae.models import VAE, VAEConfig
 from fastvae.training import TrainConfig, TrainingInterrupted, train
 from fastvae.training.checkpoint import load_part
 from fastvae.training.distributed import World, resumed_after_restart
 from fastvae.training.events import Logged
-from fastvae.training.step import noise_seed, shared_batch_size
+from fastvae.training.step import accumulated, noise_seed, shared_batch_size
 
 for package in ("PIL", "matplotlib", "safetensors"):
     pytest.importorskip(package, reason="training needs the extra [train]")
@@ -268,9 +270,25 @@ def test_shares_cover_everything_once():
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
-def test_every_step_has_noise_of_its_own():
-    seeds = {noise_seed(seed, step) for seed in range(20) for step in range(50)}
-    assert len(seeds) == 1000
+def test_all_images_of_a_run_draw_from_one_stream_once(config):
+    """Each step, process and part a stretch of its own, side by side."""
+    drawn = []
+
+    class Recording(nn.Module):
+        model = VAE(VAEConfig(latent_dim=3))
+
+        def forward(self, images, *, seed, offset):
+            drawn.extend((seed, offset + i) for i in range(3 * len(images)))
+            zero = torch.zeros((), requires_grad=True)
+            return None, VAELossTerms(zero, zero, zero)
+
+    config, module, scaler = replace(config, accumulate=2), Recording(), torch.amp.GradScaler("cpu", enabled=False)
+    for step in range(3):
+        for rank in range(2):
+            accumulated(config, module, module, torch.zeros(4, 1), 4 * rank, step, scaler, World(rank, 2))
+    assert drawn == [(noise_seed(config.seed), i) for i in range(3 * 8 * 3)]
+    seeds = {noise_seed(seed) for seed in range(100)}
+    assert len(seeds) == 100
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 

@@ -493,7 +493,7 @@ def test_full_disk_is_said_and_the_last_checkpoint_kept(config, tmp_path, monkey
 
     def full(descriptor):
         calls.append(descriptor)
-        if len(calls) > 20:
+        if len(calls) > 8:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         fsync(descriptor)
 

@@ -68,6 +68,8 @@ class FiniteWatch:
         self.first_bad_step = torch.zeros((), dtype=torch.int64, device=device)  # 0: none
 
     def add(self, step: int, value: Tensor) -> None:
+        if value.device.type == "cpu" and math.isfinite(value.item()):  # as it nearly always is
+            return
         bad = ~torch.isfinite(value.detach()) & (self.first_bad_step == 0)
         self.first_bad_step.masked_fill_(bad, step)
 

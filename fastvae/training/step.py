@@ -2,6 +2,7 @@
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -31,10 +32,12 @@ def accumulated(
         objective: Model and loss.
         module: The same, wrapped for several processes or compiled.
         images: This process's share of the batch.
-        place: Number of its first image in the whole batch; with the step it decides the noise.
+        place: Number of its first image in the whole batch.
+        step: With the place it decides the noise: all images of a run, step by step, draw from one stream.
     """
     n_latents = math.prod(objective.model.config.latent_shape)
-    seed = noise_seed(config.seed, step)
+    seed = noise_seed(config.seed)
+    place += step * len(images) * world.size
     found: list[VAELossTerms] = []
     for part in images.chunk(config.accumulate):
         last = len(found) == config.accumulate - 1
@@ -49,9 +52,10 @@ def accumulated(
     return VAELossTerms(*(torch.stack([t.detach() for t in of_part]).mean() for of_part in zip(*found, strict=True)))
 
 
-def noise_seed(seed: int, step: int) -> int:
-    """Of the noise of a step, so that neither the number of processes nor a restart changes it."""
-    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)  # an int64, as compilers want
+@cache
+def noise_seed(seed: int) -> int:
+    """Of the noise of a run: another stream than that of samples, and of evaluations, under the same seed."""
+    return int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1)  # an int64, as compilers want
 
 
 def shared_batch_size(config: TrainConfig, n_images: int, n_processes: int) -> int:
