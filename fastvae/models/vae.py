@@ -227,7 +227,7 @@ class VAE(nn.Module):
                 f"got shape {tuple(x.shape)}. Resize them, or build a VAE for that size."
             )
         if x.dtype == torch.uint8:
-            return x.to(self._parameter().dtype) / 255
+            return x.to(self._parameter().dtype).div_(255)
         if not x.is_floating_point():
             raise TypeError(f"images must be floats in [0, 1] or uint8; got {x.dtype}. Pass x / 255.")
         return x.to(self._parameter().dtype)

@@ -1,12 +1,14 @@
 """Batches of images: their order, their loading, and their labels."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from fastvae.data import ArrayImages
 
 
 def epoch_order(n_images: int, batch_size: int, *, seed: int, epoch: int) -> list[list[int]]:
@@ -21,19 +23,34 @@ def epoch_order(n_images: int, batch_size: int, *, seed: int, epoch: int) -> lis
 
 def load_batches(
     dataset: Dataset[Any], order: Sequence[Sequence[int]], *, workers: int = 0, device: torch.device | None = None
-) -> DataLoader[Tensor]:
-    """A loader of image tensors [batch, C, H, W], uint8 or float in [0, 1], one for each list of `order`.
+) -> Iterable[Tensor]:
+    """Image tensors [batch, C, H, W], uint8 or float in [0, 1], one for each list of `order`.
 
     Draws nothing from torch's default generator, so that loading does not move the noise of the training.
     """
+    pinned = device is not None and device.type == "cuda"
+    if not pinned and not workers and (found := _in_memory(dataset)) is not None:
+        images, rows = found
+        return (images.index_select(0, rows[torch.tensor(batch)]) for batch in order)
     return DataLoader(
         dataset,
         batch_sampler=order,  # type: ignore[arg-type]
         num_workers=workers,
         collate_fn=stack_images,
-        pin_memory=device is not None and device.type == "cuda",
+        pin_memory=pinned,
         generator=torch.Generator(),
     )
+
+
+def _in_memory(dataset: Any) -> tuple[Tensor, Tensor] | None:
+    """Images that one array holds, and which of them make up the data set; None of others.
+
+    To copy the rows of a batch at once takes a tenth of the time of fetching and stacking them one by one.
+    """
+    rows = torch.arange(len(dataset))
+    while type(dataset) is Subset:
+        rows, dataset = torch.tensor(dataset.indices)[rows], dataset.dataset
+    return (dataset.images, rows) if type(dataset) is ArrayImages else None
 
 
 def resident_images(dataset: Dataset[Any], device: torch.device, cache: str, *, workers: int = 0) -> Tensor | None:
@@ -71,8 +88,8 @@ def batches_of(resident: Tensor, order: Sequence[Sequence[int]]) -> Iterator[Ten
 
 def all_batches(
     dataset: Dataset[Any], batch_size: int, *, workers: int = 0, device: torch.device | None = None
-) -> DataLoader[Tensor]:
-    """A loader of all images in their own order; the last batch may be smaller."""
+) -> Iterable[Tensor]:
+    """All images in their own order; the last batch may be smaller."""
     n_images = len(dataset)  # type: ignore[arg-type]
     order = [list(range(i, min(i + batch_size, n_images))) for i in range(0, n_images, batch_size)]
     return load_batches(dataset, order, workers=workers, device=device)

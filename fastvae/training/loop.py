@@ -23,6 +23,7 @@ from .config import CONFIG_FILE, TrainConfig
 from .distributed import World, own_device, resumed_after_restart, world_of
 from .evaluation import Evaluation, baseline_nats, evaluate, evaluation_mode
 from .events import Event, Finished, Saved, Started
+from .heap import keep_freed_memory
 from .interruption import TrainingInterrupted, deferred_signals
 from .metrics import FiniteWatch, RunningMean
 from .objective import Objective, decode_to_images
@@ -58,8 +59,9 @@ def train(
 ) -> TrainResult:
     """Train a VAE, and leave weights, metrics, checkpoint and pictures in a run folder.
 
-    On a CPU the weights follow from the config bit for bit, however often the run was stopped and resumed. torch's
-    default random generators are reseeded. SIGINT and SIGTERM are acted on between two steps while training.
+    On a CPU the weights follow from the config bit for bit, however often the run was stopped and resumed, and glibc's
+    malloc keeps from then on what the process frees. torch's default random generators are reseeded. SIGINT and SIGTERM
+    are acted on between two steps while training.
 
     Under torchrun, or in a process group that exists, all processes train as one: each takes its share of every batch,
     with the noise that a single process would draw there, so their number changes results by rounding alone. The first
@@ -85,6 +87,8 @@ def train(
 
     config = resumed_after_restart(config)
     device = own_device(resolve_device(config.device))
+    if device.type == "cpu":
+        keep_freed_memory()
     with world_of(device) as world:
         return _train(config, dataset, device, world, on_event, pictures, report)
 
