@@ -70,11 +70,12 @@ def _normal_pair(library: Any, radius_word: Any, angle_word: Any) -> tuple[Any, 
     radius: u = ((word >> 8) + 1/2) / 2^24, the sum rounded to float32; angle: the two top bits choose the quarter turn,
     the other thirty, read as a signed fraction, the place in [-pi/4, pi/4) around it.
     """
-    rounded = library.asarray((radius_word >> 8) + 0.5, dtype=library.float32)
-    u = library.asarray(rounded, dtype=library.float64) * 2.0**-24
+    # not left to the default dtype, which torch brings integers and floats together in
+    middle = library.asarray(radius_word >> 8, dtype=library.float64) + 0.5
+    u = library.asarray(library.asarray(middle, dtype=library.float32), dtype=library.float64) * 2.0**-24
     radius = library.sqrt(library.log(u) * -2.0)
     radius *= 1 - ((angle_word >> 30) & 2)
-    signed = (angle_word << 34) >> 32  # the 30 low bits moved to the top of 32, sign extended
+    signed = library.asarray((angle_word << 34) >> 32, dtype=library.float64)  # its 30 low bits at the top of 32
     sin = library.sin(signed * (math.pi / 4 * 2.0**-31))
     cos = library.sqrt(1.0 - sin * sin)  # at least sqrt(1/2), so that nothing cancels
     swap = (angle_word & (1 << 30)) != 0
