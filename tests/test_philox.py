@@ -81,6 +81,25 @@ def test_both_libraries_of_the_fallback_agree(monkeypatch, seed):
     torch.testing.assert_close(by_torch, by_numpy, rtol=0, atol=5e-7)  # an ulp of the largest
 
 
+def test_draws_that_follow_each_other_read_one_stream(monkeypatch):
+    """The fallback makes noise ahead for who goes on where the last draw ended; every draw is what it is alone."""
+    whole = {seed: fastvae.philox_normal(200_000, seed=seed) for seed in (9, 10)}
+    device, made = torch.device("cpu"), []
+    make = philox._made
+    monkeypatch.setattr(philox, "_made", lambda *args: made.append(args[3]) or make(*args))
+    monkeypatch.setattr(philox, "_held", philox._Held(0, 0, philox._held.normals[:0]))
+    sizes = [1, 3, 10, 4096, 16_384, 5, 20_000, 7]
+    draws = [(9, size, 0) for size in sizes] + [(9, 64, -64), (10, 64, 0), (9, 64, 0), (9, 64, 5000), (10, 100, -30)]
+    place = 0
+    for seed, size, gap in draws:
+        place += gap
+        drawn = philox.philox_normal(torch.Size([size]), seed, place, torch.float32, device)
+        torch.testing.assert_close(drawn, whole[seed][place : place + size], rtol=0, atol=0)
+        drawn.zero_()  # its owner may: nobody else reads it
+        place += size
+    assert made == [1, 65_536, 20_000, 64, 64, 64, 100], "once for draws in a row, and otherwise what is read"
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("n", [1, 1023, 4099])
 @pytest.mark.parametrize("offset", [0, 1, 6, 8])
