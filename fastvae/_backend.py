@@ -105,6 +105,11 @@ def room(backend: str, op: str) -> ModuleType:
     return importlib.import_module(f"{_ROOMS[backend]}.{op}")
 
 
+def room_of(tensor: Tensor, op: str) -> ModuleType:
+    """The module that computes `op` for this tensor; errors as `backend_of`."""
+    return room(backend_of(tensor), op)
+
+
 def explain(device: torch.device | str) -> str:
     """One line: which backend tensors on `device` get, and why."""
     device = torch.device(device)

@@ -42,7 +42,8 @@ def sample(
         return reference.reparameterize_kl(mu, logvar, noise, bounds)
     first, second, dim = (mu, logvar, None) if packed is None else (packed[0], None, packed[1])
     inputs = (readable(first), None if second is None else readable(second), dim)
-    z, kl = ReparamKLFunction.apply(*inputs, noise, bounds, with_kl)  # type: ignore[no-untyped-call]
+    room = _backend.room_of(mu, "reparam_kl")
+    z, kl = ReparamKLFunction.apply(room, *inputs, noise, bounds, with_kl)  # type: ignore[no-untyped-call]
     return z, kl
 
 
@@ -50,7 +51,7 @@ def philox(shape: torch.Size, seed: int | Tensor, offset: int, dtype: torch.dtyp
     """The noise of seeded sampling itself, on the device of `like`."""
     if torch.compiler.is_compiling() or _registered.is_watched(like):
         return _registered.philox_normal(shape, _int64(seed), offset, dtype, like.device)
-    room = _backend.room(_backend.backend_of(like), "philox")
+    room = _backend.room_of(like, "philox")
     normals: Tensor = room.philox_normal(shape, _int64(seed), offset, dtype, like.device)
     return normals
 

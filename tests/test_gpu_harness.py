@@ -89,7 +89,7 @@ def test_sweep_reaches_the_kernels():
 
     usual = _tile.tile(8, 1 << 20, 4)
     image = torch.empty(8, 1 << 12)
-    images = _tile.metas([image])
+    images = _tile.metas(_tile.keys([image]))
     assert elbo.part(images, True, False).programs == image.numel() // usual.cols
     with gpu_sweep.tiles(8192, 8, 4):
         assert elbo.NUM_WARPS == 8

@@ -9,8 +9,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor
 
-from .. import _checks, reference
-from .._backend import use_backend
+from .. import _backend, _checks, reference
 from ..distributions import DiagonalGaussian
 from ..functional import philox_normal
 from ..ops.reparam_kl import ReparamKLFunction
@@ -207,6 +206,6 @@ def _with_noise(packed: Tensor, noise: Tensor, with_kl: bool) -> Sample:
     if torch.compiler.is_compiling():
         mu, logvar = packed.chunk(2, 1)
         return reference.reparameterize_kl(mu, logvar, noise, CLAMP)[0], None
-    with use_backend("torch"):  # the kernels take seeds, not noise
-        z, kl = ReparamKLFunction.apply(packed, None, 1, noise, CLAMP, with_kl)  # type: ignore[no-untyped-call]
+    room = _backend.room("torch", "reparam_kl")  # the kernels take seeds, not noise
+    z, kl = ReparamKLFunction.apply(room, packed, None, 1, noise, CLAMP, with_kl)  # type: ignore[no-untyped-call]
     return z, kl

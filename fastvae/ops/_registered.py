@@ -134,7 +134,7 @@ def _elbo_fwd(*args: Any) -> tuple[Tensor, ...]:
     tensors, options = ElboTensors(*args[:_N]), _unpacked(*args[_N + 2 :])
     like = next(t for t in tensors if t is not None)
     written = ElboTensors(recon=args[_N], log_scale=args[_N + 1])
-    outputs = _backend.room(_backend.backend_of(like), "elbo").elbo_fwd(tensors, written, options)
+    outputs = _backend.room_of(like, "elbo").elbo_fwd(tensors, written, options)
     loss, recon_term, kl_term = outputs[:3]
     return _distinct(loss, recon_term, kl_term, *(like.new_empty(0) if t is None else t for t in outputs[3:]))
 
@@ -166,7 +166,7 @@ def _elbo_bwd(*args: Any) -> None:
     gradients = ElboTensors(*rest[: len(_GRADIENTS)])
     options = _unpacked(*rest[len(_GRADIENTS) : -1])
     like = next(t for t in gradients if t is not None)
-    room = _backend.room(_backend.backend_of(like), "elbo")
+    room = _backend.room_of(like, "elbo")
     room.elbo_bwd(tensors, upstream, gradients, options, holds_forward_gradient=rest[-1])
 
 
@@ -184,7 +184,7 @@ def _reparam_kl(
     mu: Tensor, logvar: Tensor, seed: Tensor, offset: int, low: float | None, high: float | None, with_kl: bool
 ) -> tuple[Tensor, Tensor]:
     z = torch.empty_like(mu, dtype=torch.promote_types(mu.dtype, logvar.dtype))
-    room = _backend.room(_backend.backend_of(mu), "reparam_kl")
+    room = _backend.room_of(mu, "reparam_kl")
     kl, _ = room.reparam_kl_fwd(mu, logvar, PhiloxNoise(seed, offset), z, _bounds(low, high), with_kl=with_kl)
     return z, mu.new_empty(0) if kl is None else kl
 
@@ -209,7 +209,7 @@ def _reparam_kl_bwd(
     high: float | None,
 ) -> tuple[Tensor, Tensor]:
     noise, bounds = PhiloxNoise(seed, offset), _bounds(low, high)
-    room = _backend.room(_backend.backend_of(mu), "reparam_kl")
+    room = _backend.room_of(mu, "reparam_kl")
     dmu, dlogvar = torch.empty_like(mu), torch.empty_like(logvar)
     saved = room.saved_again(mu, logvar, noise, bounds)
     room.reparam_kl_bwd(mu, logvar, saved, dz, dkl, dmu, dlogvar, noise, bounds)
@@ -223,7 +223,7 @@ def _reparam_kl_bwd_fake(mu: Tensor, logvar: Tensor, *args: Any) -> tuple[Tensor
 
 @torch.library.impl(_LIBRARY, "philox_normal", "CompositeExplicitAutograd")
 def _philox_normal(seed: Tensor, size: Sequence[int], offset: int, dtype: torch.dtype) -> Tensor:
-    room = _backend.room(_backend.backend_of(seed), "philox")
+    room = _backend.room_of(seed, "philox")
     normals: Tensor = room.philox_normal(torch.Size(size), seed, offset, dtype, seed.device)
     return normals.clone()  # an op's output has memory of its own
 

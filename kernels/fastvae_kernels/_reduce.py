@@ -56,10 +56,8 @@ def fold_tile(n_rows: int, n_partials: int) -> tuple[int, int]:
 
 
 def fold_rows(partials: Tensor) -> Tensor:
-    """[n_rows]: the sum of each row of [n_rows, n_partials]; a single partial sum of a row is its sum already."""
+    """[n_rows]: the sum of each row of [n_rows, n_partials]."""
     n_rows, n_partials = partials.shape
-    if n_partials == 1:
-        return partials.squeeze_(1)  # not a view, which could not be changed in place
     sums = partials.new_empty(n_rows)
     block_rows, block_cols = fold_tile(n_rows, n_partials)
     _fold_rows_kernel[(triton.cdiv(n_rows, block_rows),)](

@@ -57,9 +57,18 @@ class Meta(NamedTuple):
     dtype: torch.dtype
 
 
-def metas(tensors: Sequence[Tensor | None]) -> tuple[Meta | None, ...]:
-    """Of each tensor: keys under which plans of launches are kept, because to make one takes longer than a launch."""
-    return tuple([None if t is None else Meta(t.shape, t.stride(), t.dtype) for t in tensors])
+Key = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
+
+
+def keys(tensors: Sequence[Tensor | None]) -> tuple[Key | None, ...]:
+    """Of each tensor what makes its meta: under these, plans of launches are kept, because to make one takes longer
+    than a launch. Plain tuples, because to name their fields takes as long again.
+    """
+    return tuple([None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors])
+
+
+def metas(keys: Sequence[Key | None]) -> list[Meta | None]:
+    return [None if key is None else Meta(*key) for key in keys]
 
 
 class Layout(NamedTuple):

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._reduce import fold, fold_tile
-from ._tile import NUM_WARPS, Part, accumulator, host_scalar, is_whole, load, metas, part, place, scalar
+from ._tile import NUM_WARPS, Part, accumulator, host_scalar, is_whole, keys, load, metas, part, place, scalar
 from .elbo_bwd import elbo_bwd as elbo_bwd
 from .images import Images, image_pointers, image_tile
 from .latents import Latents, bounds_of, floored, kl_tile, latent_pointers
@@ -147,8 +147,9 @@ class _Plan(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def _plan(tensors: Any, drecon: Any, dlog_scale: Any, constants: tuple[Any, ...], batch: int) -> _Plan:
-    recon, target, log_scale, mu, logvar, prior_mu, prior_logvar, kl, mask = tensors
+def _plan(of: Any, of_written: Any, constants: tuple[Any, ...], batch: int) -> _Plan:
+    recon, target, log_scale, mu, logvar, prior_mu, prior_logvar, kl, mask = tensors = metas(of)
+    drecon, dlog_scale = metas(of_written)
     recon_scale, recon_constant, kl_scale, per_sample, logvar_clamp, error, floor = constants
     images = Images(recon, target, log_scale, mask, drecon, None, dlog_scale)
     latents = Latents(mu, logvar, prior_mu, prior_logvar)
@@ -186,7 +187,7 @@ def elbo_fwd(tensors: Any, written: Any, options: Any) -> tuple[Tensor, Tensor, 
     recon, target, log_scale, mu, logvar, prior_mu, prior_logvar, kl, mask = tensors
     drecon, dlog_scale = written.recon, written.log_scale
     like = next(t for t in tensors if t is not None)
-    plan = _plan(metas(tensors), *metas((drecon, dlog_scale)), options.constants, like.shape[0])
+    plan = _plan(keys(tensors), keys((drecon, dlog_scale)), options.constants, like.shape[0])
     new = like.new_empty
     recon_partials = None if plan.recon_sums is None else new(plan.recon_sums, dtype=plan.recon_dtype)
     kl_partials = kl if plan.kl_sums is None else new(plan.kl_sums, dtype=plan.kl_dtype)

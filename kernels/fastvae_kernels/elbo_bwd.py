@@ -17,6 +17,7 @@ from ._tile import (
     Part,
     host_scalar,
     is_whole,
+    keys,
     load,
     metas,
     part,
@@ -212,9 +213,9 @@ class _Plan(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def _plan(tensors: Any, upstream: Any, gradients: Any, constants: tuple[Any, ...], max_image_programs: int) -> _Plan:
-    recon, target, log_scale, mu, logvar, prior_mu, prior_logvar, _, mask = tensors
-    drecon, dtarget, dlog_scale, dmu, dlogvar, dprior_mu, dprior_logvar, dkl, _ = gradients
+def _plan(of: Any, of_upstream: Any, of_gradients: Any, constants: tuple[Any, ...], max_image_programs: int) -> _Plan:
+    recon, target, log_scale, mu, logvar, prior_mu, prior_logvar, _, mask = metas(of)
+    drecon, dtarget, dlog_scale, dmu, dlogvar, dprior_mu, dprior_logvar, dkl, _ = metas(of_gradients)
     recon_scale, _, kl_scale, per_sample, logvar_clamp, error, floor = constants
     images = Images(recon or drecon, target, log_scale, mask, drecon, dtarget, dlog_scale)
     latents = Latents(mu, logvar, prior_mu, prior_logvar, dmu, dlogvar, dprior_mu, dprior_logvar)
@@ -224,7 +225,7 @@ def _plan(tensors: Any, upstream: Any, gradients: Any, constants: tuple[Any, ...
     return _Plan(
         *(image, latent, likelihood(error, images.recon, target)),
         bounds_of(logvar_clamp, floor),
-        Upstream(*(t.strides[0] if t is not None and t.shape else 0 for t in upstream)),
+        Upstream(*(t.strides[0] if t is not None and t.shape else 0 for t in metas(of_upstream))),
         (host_scalar(recon_scale), host_scalar(kl_scale)),
         image.programs + latent.programs + triton.cdiv(n_kl, _KL_BLOCK),
         n_kl,
@@ -248,7 +249,7 @@ def elbo_bwd(
     """
     recon, target, log_scale, mu, logvar, prior_mu, prior_logvar, _, mask = tensors
     drecon, dtarget, dlog_scale, dmu, dlogvar, dprior_mu, dprior_logvar, dkl, _ = gradients
-    plan = _plan(metas(tensors), metas(upstream), metas(gradients), options.constants, _MAX_IMAGE_PROGRAMS)
+    plan = _plan(keys(tensors), keys(upstream), keys(gradients), options.constants, _MAX_IMAGE_PROGRAMS)
     if not plan.programs:
         return
     recon = drecon if recon is None else recon

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._tile import NUM_WARPS, accumulator, element_offsets, host_scalar, layout, load, metas, scalar, triton_dtype
+from ._tile import NUM_WARPS, accumulator, element_offsets, host_scalar, keys, layout, load, metas, scalar, triton_dtype
 from .gaussian import clamp, exp, twice_kl_element
 
 _LINE_BYTES = 128  # of a cache: rows of a tile are as long where the latents are
@@ -196,7 +196,7 @@ def latent_stats(
     if mu.numel() == 0:
         counts = mu.new_zeros(3, dtype=torch.int64)
         return *(result.fill_(torch.nan) for result in (kl, mean, variance)), *counts.unbind()
-    at = layout(metas((mu, logvar)), by_sample=True, c_order=True)
+    at = layout(metas(keys((mu, logvar))), by_sample=True, c_order=True)
     split = _split(at.n_rows, at.n_cols, mu.element_size(), dtype.itemsize)
     whole = split.ranges == 1
     partials = None if whole else mu.new_empty(split.ranges, 6, at.n_cols, dtype=dtype)

@@ -17,6 +17,7 @@ from ._tile import (
     accumulator,
     element_offsets,
     host_scalar,
+    keys,
     layout,
     load,
     metas,
@@ -163,12 +164,14 @@ class _Plan(NamedTuple):
     strides: tuple[Any, ...]  # of each tensor
     shape: tuple[Any, ...]  # sizes, n_rows, n_cols, n_col_programs
     constants: dict[str, Any]
+    partials: tuple[int, ...]  # shape of the partial sums; [n_rows] where they are the sums
     dtype: torch.dtype
 
 
 @lru_cache(maxsize=1024)
-def _plan(tensors: tuple[Any, ...], element_size: int, aligned: bool, by_sample: bool) -> _Plan:
-    """tensors: metas of mu, logvar and what else is read and written. aligned: the first element begins a counter."""
+def _plan(of: tuple[Any, ...], element_size: int, aligned: bool, by_sample: bool) -> _Plan:
+    """of: keys of mu, logvar and what else is read and written. aligned: the first element begins a counter."""
+    tensors = metas(of)
     at = layout(tensors, by_sample=by_sample, c_order=True)
     t = tile(at.n_rows, at.n_cols, element_size, max_programs=ONE_TILE_EACH, noise=True)
     dtype = accumulator(*tensors[:2])
@@ -181,7 +184,8 @@ def _plan(tensors: tuple[Any, ...], element_size: int, aligned: bool, by_sample:
         "enable_fp_fusion": True,
     }
     shape = (at.sizes, at.n_rows, at.n_cols, t.col_programs)
-    return _Plan(t.programs(at.n_rows), tuple(at.strides), shape, constants, dtype)
+    partials = (at.n_rows, t.col_programs) if t.col_programs > 1 else (at.n_rows,)
+    return _Plan(t.programs(at.n_rows), tuple(at.strides), shape, constants, partials, dtype)
 
 
 def reparam_kl_fwd(
@@ -193,9 +197,8 @@ def reparam_kl_fwd(
     """
     if mu.numel() == 0:
         return (mu.new_zeros(mu.shape[0], dtype=accumulator(mu, logvar)) if with_kl else None), ()
-    plan = _plan(metas((mu, logvar, z)), z.element_size(), noise.offset % 4 == 0, with_kl)
-    _, n_rows, _, n_col_programs = plan.shape
-    partials = mu.new_empty((n_rows, n_col_programs), dtype=plan.dtype) if with_kl else None
+    plan = _plan(keys((mu, logvar, z)), z.element_size(), noise.offset % 4 == 0, with_kl)
+    partials = mu.new_empty(plan.partials, dtype=plan.dtype) if with_kl else None
     low, high = logvar_clamp or (None, None)
     with torch.cuda.device_of(mu):
         _reparam_kl_fwd_kernel[(plan.programs,)](
@@ -203,7 +206,7 @@ def reparam_kl_fwd(
             *(*plan.strides, *plan.shape),
             **plan.constants,
         )
-        return (None if partials is None else fold_rows(partials)), ()
+        return (partials if partials is None or partials.ndim == 1 else fold_rows(partials)), ()
 
 
 def saved_again(mu: Tensor, logvar: Tensor, noise: Any, logvar_clamp: tuple[float, float] | None) -> list[Tensor]:
@@ -236,8 +239,8 @@ def reparam_kl_bwd(
     if mu.numel() == 0:
         return
     dz = dz if dz is None or dz.ndim <= 5 else dz.contiguous()  # mu and logvar came so
-    tensors = metas((mu, logvar, dz, dmu, dlogvar))
-    plan = _plan(tensors, mu.element_size(), noise.offset % 4 == 0, dkl is not None)
+    of = keys((mu, logvar, dz, dmu, dlogvar))
+    plan = _plan(of, mu.element_size(), noise.offset % 4 == 0, dkl is not None)
     low, high = logvar_clamp or (None, None)
     with torch.cuda.device_of(mu):
         _reparam_kl_bwd_kernel[(plan.programs,)](
