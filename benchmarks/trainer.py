@@ -25,7 +25,7 @@ from fastvae.training.distributed import ALONE
 from fastvae.training.events import Event, Logged
 from fastvae.training.objective import Objective
 from fastvae.training.schedule import learning_rate
-from fastvae.training.setup import is_channels_last, make_optimizer, model_config
+from fastvae.training.setup import make_optimizer, model_config
 from fastvae.training.step import accumulated
 
 BLOCK = 20  # steps timed at once, after which the trainer logs
@@ -94,11 +94,10 @@ def textbook(config: TrainConfig) -> Iterator[float]:
 def bare(config: TrainConfig) -> Iterator[None]:
     """Steps of fastvae's model, loss and optimizer on one batch that is there: nothing loaded, checked or logged."""
     train_set, _ = data.split(data.load(config.data), validation=config.validation)
-    memory_format = torch.channels_last if is_channels_last(config, torch.device("cpu")) else torch.contiguous_format
-    model = VAE(model_config(config, (1, 28, 28))).to(memory_format=memory_format)
+    model = VAE(model_config(config, (1, 28, 28)))
     objective = Objective.of(config, model, batch_size=config.batch_size, total_steps=100)
     optimizer, scaler = make_optimizer(config, objective), torch.amp.GradScaler("cpu", enabled=False)
-    images = torch.stack([train_set[i] for i in range(config.batch_size)]).contiguous(memory_format=memory_format)
+    images = torch.stack([train_set[i] for i in range(config.batch_size)])
     while True:
         for step in range(BLOCK):
             accumulated(config, objective, objective, images, 0, step, scaler, ALONE)

@@ -364,9 +364,9 @@ def test_epoch_order_is_a_shuffle_of_full_batches_by_seed_and_epoch():
     assert order != epoch_order(11, 3, seed=2, epoch=5)
 
 
-def test_convolutions_go_on_bit_for_bit_too(config):
-    """In the memory format that they have by default."""
-    config = replace(config, backbone="conv", width=4, image_size=(20, 20))
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels last"])
+def test_convolutions_go_on_bit_for_bit_too(config, channels_last):
+    config = replace(config, backbone="conv", width=4, image_size=(20, 20), channels_last=channels_last)
     whole = train(replace(config, out=config.out.with_name("whole"))).run
     with pytest.raises(TrainingInterrupted):
         train(config, on_event=stop_at(8, signal.SIGTERM))
@@ -375,22 +375,8 @@ def test_convolutions_go_on_bit_for_bit_too(config):
     weight = next(
         tensor for tensor in state_of(config.out)["model"].values() if min(tensor.shape) > 1 and tensor.ndim == 4
     )
-    assert weight.is_contiguous(memory_format=torch.channels_last)
-    assert not weight.is_contiguous()
-
-
-@pytest.mark.parametrize(
-    ("device", "options", "expected"),
-    [
-        ("cpu", {}, True),
-        ("cpu", {"backbone": "mlp"}, False),
-        ("cpu", {"precision": "bf16"}, False),
-        ("cuda", {}, False),
-        ("cuda", {"channels_last": True}, True),
-    ],
-)
-def test_memory_format_of_the_images(device, options, expected):
-    assert setup.is_channels_last(TrainConfig(**options), torch.device(device)) == expected
+    assert weight.is_contiguous(memory_format=torch.channels_last) == channels_last
+    assert weight.is_contiguous() != channels_last
 
 
 def test_images_that_stay_on_the_device_change_nothing(config, whole_run):

@@ -31,7 +31,7 @@ def load_batches(
     pinned = device is not None and device.type == "cuda"
     if not pinned and not workers and (found := _in_memory(dataset)) is not None:
         images, rows = found
-        return (images.index_select(0, rows[torch.tensor(batch)]) for batch in order)
+        return batches_of(images, order, rows)
     return DataLoader(
         dataset,
         batch_sampler=order,  # type: ignore[arg-type]
@@ -80,10 +80,12 @@ def free_bytes(device: torch.device) -> int:
     return 0 if tell is None else int(tell(device)[0])
 
 
-def batches_of(resident: Tensor, order: Sequence[Sequence[int]]) -> Iterator[Tensor]:
-    """As `load_batches`, of images that are on the device."""
-    for rows in torch.tensor(order, device=resident.device):
-        yield resident[rows]
+def batches_of(images: Tensor, order: Sequence[Sequence[int]], rows: Tensor | None = None) -> Iterator[Tensor]:
+    """As `load_batches`, of images that one tensor holds, on its device; `rows`: those of the data set, all if None."""
+    indices = torch.tensor([i for batch in order for i in batch], dtype=torch.int64, device=images.device)
+    indices = indices if rows is None else rows[indices]
+    for batch in indices.split([len(batch) for batch in order]):
+        yield images.index_select(0, batch)
 
 
 def all_batches(

@@ -30,7 +30,7 @@ from .objective import Objective, decode_to_images
 from .recorder import Recorder
 from .run_folder import choose_run_folder, naming_the_run
 from .schedule import learning_rate
-from .setup import averaged_over_steps, is_channels_last, make_optimizer, model_config, resolve_device
+from .setup import averaged_over_steps, make_optimizer, model_config, resolve_device
 from .step import accumulated, shared_batch_size
 
 # devices where reading a value waits for nothing; on others the loss is checked when it is read anyway
@@ -116,8 +116,7 @@ def _train(
     torch.manual_seed(config.seed)
     model = VAE(model_config(config, shape)).to(device)
     sharded = config.shard and world.size > 1
-    channels_last = is_channels_last(config, device)
-    if channels_last and not sharded:  # FSDP2 takes contiguous weights only
+    if config.channels_last and not sharded:  # FSDP2 takes contiguous weights only
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     objective = Objective.of(config, model, batch_size=batch_size, total_steps=total_steps).to(device)
     baseline = baseline_nats(train_set, validation_set, objective.likelihood, workers=config.workers)
@@ -206,7 +205,7 @@ def _train(
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 images = batch.to(device, non_blocking=True)
-                if channels_last:
+                if config.channels_last:
                     images = images.contiguous(memory_format=torch.channels_last)
                 terms = accumulated(config, objective, module, images, own.start, step, scaler, world)
                 if sharded:

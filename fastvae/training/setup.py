@@ -31,12 +31,6 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def is_channels_last(config: TrainConfig, device: torch.device) -> bool:
-    """Whether images and convolutions are in the memory format channels_last."""
-    faster = device.type == "cpu" and config.backbone == "conv" and config.precision == "fp32"
-    return config.channels_last or faster
-
-
 def make_optimizer(config: TrainConfig, objective: Objective) -> torch.optim.Optimizer:
     """AdamW; the parameters of the loss do not decay."""
     groups: list[dict[str, Any]] = [{"params": list(objective.model.parameters())}]
