@@ -84,7 +84,7 @@ def batches_of(images: Tensor, order: Sequence[Sequence[int]], rows: Tensor | No
     """As `load_batches`, of images that one tensor holds, on its device; `rows`: those of the data set, all if None."""
     indices = torch.tensor([i for batch in order for i in batch], dtype=torch.int64, device=images.device)
     indices = indices if rows is None else rows[indices]
-    for batch in indices.split([len(batch) for batch in order]):
+    for batch in torch.split(indices, [len(batch) for batch in order]):
         yield images.index_select(0, batch)
 
 
