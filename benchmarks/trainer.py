@@ -26,7 +26,7 @@ from fastvae.training.events import Event, Logged
 from fastvae.training.objective import Objective
 from fastvae.training.schedule import learning_rate
 from fastvae.training.setup import make_optimizer, model_config
-from fastvae.training.step import accumulated
+from fastvae.training.step import accumulated, clip_gradients
 
 BLOCK = 20  # steps timed at once, after which the trainer logs
 
@@ -96,12 +96,13 @@ def bare(config: TrainConfig) -> Iterator[None]:
     train_set, _ = data.split(data.load(config.data), validation=config.validation)
     model = VAE(model_config(config, (1, 28, 28)))
     objective = Objective.of(config, model, batch_size=config.batch_size, total_steps=100)
+    parameters = list(objective.parameters())
     optimizer, scaler = make_optimizer(config, objective), torch.amp.GradScaler("cpu", enabled=False)
     images = torch.stack([train_set[i] for i in range(config.batch_size)])
     while True:
         for step in range(BLOCK):
             accumulated(config, objective, objective, images, 0, step, scaler, ALONE)
-            nn.utils.clip_grad_norm_(objective.parameters(), config.clip_norm)
+            clip_gradients(parameters, config.clip_norm)
             optimizer.step()
             optimizer.zero_grad()
         yield

@@ -12,15 +12,12 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
 
-from fastvae import VAELossTerms
-from fastvae.models import VAE, VAEConfig
+from fastvae.models import VAE
 from fastvae.training import TrainConfig, TrainingInterrupted, train
 from fastvae.training.checkpoint import load_part
 from fastvae.training.distributed import World, resumed_after_restart
 from fastvae.training.events import Logged
-from fastvae.training.step import accumulated, noise_seed, shared_batch_size
 
 for package in ("PIL", "matplotlib", "safetensors"):
     pytest.importorskip(package, reason="training needs the extra [train]")
@@ -33,6 +30,7 @@ SECONDS = 120
 PROGRAM = """
 import json, os, signal, sys, time
 from fastvae import data
+from fastvae.models import VAE
 from fastvae.training import TrainConfig, TrainingInterrupted, train
 from fastvae.training.events import Saved
 
@@ -254,42 +252,11 @@ def test_parts_of_a_batch_add_up_to_it(config, alone, tmp_path):
     assert_same_but_for_rounding(run, alone)
 
 
-@pytest.mark.parametrize(("batch_size", "processes", "accumulate"), [(8, 3, 1), (8, 2, 8), (128, 64, 1)])
-def test_batches_that_cannot_be_shared_are_refused(config, batch_size, processes, accumulate):
-    options = replace(config, batch_size=batch_size, accumulate=accumulate)
-    with pytest.raises(ValueError, match=f"must be a multiple of {processes * accumulate} and there must be as many"):
-        shared_batch_size(options, 54, processes)
-    assert shared_batch_size(config, 54, 2) == 8
-    assert shared_batch_size(replace(config, batch_size=128), 54, 4) == 52
-
-
 def test_shares_cover_everything_once():
     for n in (0, 1, 7, 8):
         parts = [World(rank, 3).part(n) for rank in range(3)]
         assert [i for part in parts for i in part] == list(range(n))
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
-
-
-def test_all_images_of_a_run_draw_from_one_stream_once(config):
-    """Each step, process and part a stretch of its own, side by side."""
-    drawn = []
-
-    class Recording(nn.Module):
-        model = VAE(VAEConfig(latent_dim=3))
-
-        def forward(self, images, *, seed, offset):
-            drawn.extend((seed, offset + i) for i in range(3 * len(images)))
-            zero = torch.zeros((), requires_grad=True)
-            return None, VAELossTerms(zero, zero, zero)
-
-    config, module, scaler = replace(config, accumulate=2), Recording(), torch.amp.GradScaler("cpu", enabled=False)
-    for step in range(3):
-        for rank in range(2):
-            accumulated(config, module, module, torch.zeros(4, 1), 4 * rank, step, scaler, World(rank, 2))
-    assert drawn == [(noise_seed(config.seed), i) for i in range(3 * 8 * 3)]
-    seeds = {noise_seed(seed) for seed in range(100)}
-    assert len(seeds) == 100
-    assert all(0 <= seed < 2**63 for seed in seeds)
 
 
 def test_a_restart_needs_a_folder_that_it_knows(config, monkeypatch, alone):

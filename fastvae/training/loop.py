@@ -31,7 +31,7 @@ from .recorder import Recorder
 from .run_folder import choose_run_folder, naming_the_run
 from .schedule import learning_rate
 from .setup import averaged_over_steps, make_optimizer, model_config, resolve_device
-from .step import accumulated, shared_batch_size
+from .step import accumulated, clip_gradients, shared_batch_size
 
 # devices where reading a value waits for nothing; on others the loss is checked when it is read anyway
 CHECKED_EACH_STEP = frozenset({"cpu"})
@@ -123,11 +123,11 @@ def _train(
     averaged = averaged_over_steps(objective, config.ema, sharded=sharded) if config.ema else None
     result = best = cast(Objective, averaged.module) if averaged else objective  # best: to evaluate, draw and export
     module: nn.Module = objective
-    clip_gradients: Callable[..., Tensor] = torch.nn.utils.clip_grad_norm_
+    clip = clip_gradients
     if sharded:
         from . import sharding  # and with it much of torch.distributed
 
-        clip_gradients = sharding.clip_gradients
+        clip = sharding.clip_gradients
         best = copy.deepcopy(objective)
         for each in dict.fromkeys((objective, result)):
             sharding.shard(each, device, world)
@@ -211,7 +211,7 @@ def _train(
                 if sharded:
                     sharding.average_whole_gradients(objective, world)
                 scaler.unscale_(optimizer)
-                norm = clip_gradients(parameters, config.clip_norm)
+                norm = clip(parameters, config.clip_norm)
                 scaler.step(optimizer)
                 scaler.update()
                 optimizer.zero_grad()

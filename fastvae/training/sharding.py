@@ -2,7 +2,7 @@
 
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,7 +43,7 @@ def average_whole_gradients(objective: Objective, world: World) -> None:
             world.sum(parameter.grad).div_(world.size)
 
 
-def clip_gradients(parameters: list[torch.nn.Parameter], max_norm: float) -> Tensor:
+def clip_gradients(parameters: Sequence[torch.nn.Parameter], max_norm: float) -> Tensor:
     """`torch.nn.utils.clip_grad_norm_` where some gradients are sharded and some are not; the norm is that of all."""
     kinds = [[p for p in parameters if isinstance(p, DTensor) == sharded] for sharded in (True, False)]
     norms = [torch.nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None]) for kind in kinds if kind]
