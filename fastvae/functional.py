@@ -1,15 +1,16 @@
 """The public functions: what they mean, and whether what came makes sense."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from . import _checks, likelihoods
-from ._options import Clamp
+from . import _calls, _checks, likelihoods
+from ._options import Clamp, ElboTensors
 from .likelihoods import Likelihood
 from .objective import VAELossTerms as VAELossTerms
-from .objective import objective
+from .objective import objective, plain
 from .regularizers import Capacity, FreeBits
 from .sampling import philox, sample
 from .terms import Images, Latents
@@ -225,6 +226,16 @@ def vae_loss(
 
     Source: Kingma & Welling, arXiv:1312.6114, eq. 10; beta: Higgins et al., beta-VAE, ICLR 2017.
     """
+    call = None
+    usual = weight is None and mask is None and extra is None and free_bits is None and capacity is None
+    if usual and prior is None and not inplace and type(likelihood) is str:
+        options = (likelihood, reduction, recon_reduction, kl_reduction, logvar_clamp, one_pass)
+        call = _calls.signature((recon, target, mu, logvar, kl), *options)
+        if (known := _calls.recall(call, beta, recon_weight)) is not None:
+            _checks.weight("beta", beta, recon)
+            _checks.weight("recon_weight", recon_weight, recon)
+            posterior = (mu, logvar) if kl is None else (None, None)
+            return plain(ElboTensors(recon, target, None, *posterior, None, None, kl), known)
     reductions = _checks.reductions(reduction, recon_reduction, kl_reduction)
     images = _images(recon, target, likelihood, reductions[0], weight, mask, extra)
     _checks.weight("beta", beta, recon)
@@ -251,7 +262,9 @@ def vae_loss(
         capacity,
         weight,
     )
-    return objective(images, latents, beta=beta, recon_weight=recon_weight, one_pass=one_pass, inplace=inplace)
+    keep = None if call is None else partial(_calls.remember, call)
+    weights = {"beta": beta, "recon_weight": recon_weight}
+    return objective(images, latents, **weights, one_pass=one_pass, inplace=inplace, keep=keep)
 
 
 def _images(

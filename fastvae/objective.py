@@ -5,6 +5,7 @@ regularises samples as wholes is plain PyTorch on those sums, differentiable in 
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -34,8 +35,12 @@ def objective(
     recon_weight: Weight = 1.0,
     one_pass: bool = True,
     inplace: bool = False,
+    keep: Callable[[ElboOptions], None] | None = None,
 ) -> VAELossTerms:
-    """recon_weight * recon + beta * (regularised KL), and its two terms; a term that is None is 0."""
+    """recon_weight * recon + beta * (regularised KL), and its two terms; a term that is None is 0.
+
+    keep: is told the op's options if they are all of the work, so that the next call of the same kind can start there.
+    """
     recon, target, mask = (None, None, None) if images is None else (images.recon, images.target, images.mask)
     scale = Scale() if images is None else Scale.of(images)
     posterior, kl_scale, logvar_clamp, floor = _NO_LATENTS if latents is None else latents.for_op
@@ -43,13 +48,20 @@ def objective(
     if images is None:
         assert latents is not None
         options = ElboOptions(beta, recon_weight, 1.0, 0.0, kl_scale, latents.reduction == "none", logvar_clamp)
-        return VAELossTerms(*_op(tensors, options)[:3])
+        return plain(tensors, options)
     by_sample = _weighs_samples(images, scale) or (latents is not None and latents.weighs_samples)
     recon_scale, recon_constant = (1.0, 0.0) if by_sample else _linear(images, scale)
     constants = recon_scale, recon_constant, kl_scale, images.reduction == "none", logvar_clamp
     options = ElboOptions(beta, recon_weight, *constants, images.likelihood.error, floor, one_pass, inplace)
     if by_sample:
         return _by_sample(images, scale, latents, tensors, options)
+    if keep is not None:
+        keep(options)
+    return plain(tensors, options)
+
+
+def plain(tensors: ElboTensors, options: ElboOptions) -> VAELossTerms:
+    """Where no option acts on samples as wholes: the op's terms are the loss's."""
     return VAELossTerms(*_op(tensors, options)[:3])
 
 

@@ -22,7 +22,7 @@ LAYERS = [
     {"ops", "terms"},
     {"likelihoods", "regularizers", "schedules", "parametrizations", "noise_state"},
     {"fallback", "fastvae_kernels"},
-    {"reference", "_checks", "_backend", "_files"},
+    {"reference", "_calls", "_checks", "_backend", "_files"},
     {"_options", "_strides"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
