@@ -69,7 +69,7 @@ def elbo_bwd(
         gone (None, as is target).
     """
     dloss, drecon_term, dkl_term, dfloored = upstream
-    if any(g is not None for g in (gradients.recon, gradients.target, gradients.log_scale)):
+    if gradients.recon is not None or gradients.target is not None or gradients.log_scale is not None:
         coefficient = _combine(dloss, options.recon_weight, drecon_term)
         factor = _factor(coefficient, options) if holds_forward_gradient else coefficient
         held = [g for g in (gradients.recon, gradients.log_scale) if g is not None]
@@ -155,6 +155,8 @@ def _scales_exactly(held: list[Tensor], factor: Coefficient) -> bool:
     """Whether scaling the forward pass's gradients rounds no second time: a power of two moves the exponent alone."""
     if isinstance(factor, Tensor):
         return False
+    if factor == 1:
+        return True
     return all(t.element_size() > 2 for t in held) or math.frexp(factor)[0] in (0.0, 0.5, -0.5)
 
 

@@ -47,6 +47,7 @@ class Objective(nn.Module):
         self.logvar_clamp = logvar_clamp
         self.beta_unit = beta_unit
         self.perceptual = perceptual
+        self._schedules = [module for module in self.criterion.modules() if isinstance(module, schedules.Schedule)]
 
     @classmethod
     def of(cls, config: TrainConfig, model: VAE, *, batch_size: int, total_steps: int) -> "Objective":
@@ -156,9 +157,8 @@ class Objective(nn.Module):
 
     def step(self) -> None:
         """Bring the schedules to the next optimizer step, on the device."""
-        for module in self.criterion.modules():
-            if isinstance(module, schedules.Schedule):
-                module.step()
+        for schedule in self._schedules:
+            schedule.step()
 
     def beta_at(self, step: int) -> float:
         """Beta after so many steps, computed on the host."""
