@@ -87,7 +87,7 @@ def test_draws_that_follow_each_other_read_one_stream(monkeypatch):
     device, made = torch.device("cpu"), []
     make = philox._made
     monkeypatch.setattr(philox, "_made", lambda *args: made.append(args[3]) or make(*args))
-    monkeypatch.setattr(philox, "_held", philox._Held(0, 0, philox._held.normals[:0]))
+    monkeypatch.setattr(philox, "_held", ())
     sizes = [1, 3, 10, 4096, 16_384, 5, 20_000, 7]
     draws = [(9, size, 0) for size in sizes] + [(9, 64, -64), (10, 64, 0), (9, 64, 0), (9, 64, 5000), (10, 100, -30)]
     place = 0
@@ -97,7 +97,29 @@ def test_draws_that_follow_each_other_read_one_stream(monkeypatch):
         torch.testing.assert_close(drawn, whole[seed][place : place + size], rtol=0, atol=0)
         drawn.zero_()  # its owner may: nobody else reads it
         place += size
-    assert made == [1, 65_536, 20_000, 64, 64, 64, 100], "once for draws in a row, and otherwise what is read"
+    assert made == [1, 65_536, 20_000, 64, 100], "once for draws in a row, and otherwise what is read"
+
+
+def test_several_streams_are_read_side_by_side(monkeypatch):
+    made = []
+    make = philox._made
+    monkeypatch.setattr(philox, "_made", lambda *args: made.append(args[1]) or make(*args))
+    monkeypatch.setattr(philox, "_held", ())
+    starts = [(1, 0), (2, 0), (1, 10**6), (3, 8)]  # twice the same seed
+    for step in range(5):
+        for seed, start in starts:
+            philox.philox_normal(torch.Size([8]), seed, start + 8 * step, torch.float32, torch.device("cpu"))
+    assert made == [1, 2, 1, 3] * 2
+    for step in range(4):  # beyond what was made ahead
+        philox.philox_normal(torch.Size([16_384]), 2, 40 + 16_384 * step, torch.float32, torch.device("cpu"))
+    fastvae.philox_normal(8, seed=1, offset=40)
+    assert made[8:] == [2], "a stream that goes on takes its own place"
+    made.clear()
+    for seed in range(10, 20):
+        fastvae.philox_normal(8, seed=seed)
+        assert len(philox._held) <= len(starts)
+    fastvae.philox_normal(8, seed=1, offset=48)
+    assert made == [*range(10, 20), 1], "older streams are forgotten"
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)

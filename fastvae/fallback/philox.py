@@ -21,6 +21,7 @@ _KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 _WORD = 0xFFFFFFFF
 _CHUNK = 1 << 13  # counters at a time: the dozen int64 temporaries stay in the second-level cache
 _AHEAD = 8 * _CHUNK  # normals that are made along with a small draw, of which the next ones are then read
+_STREAMS = 4  # that are read from at a time: of a training, its evaluation, ...
 _BY_NUMPY = ("cpu", "mps")  # the latter has no float64
 
 
@@ -43,23 +44,28 @@ class _Held(NamedTuple):
     normals: NDArray[np.float32]
 
 
-_held = _Held(0, 0, np.empty(0, np.float32))  # replaced as a whole, so threads need no lock
+_held: tuple[_Held, ...] = ()  # of the last streams, the newest first; replaced as a whole, so threads need no lock
 
 
 def _read(seed: int, offset: int, n: int) -> NDArray[np.float32]:
-    """Normals of the host. Who goes on where the last draw ended, as a training does from step to step, gets those of
-    the next draws made along: in one large call a normal takes a third of its time in a small one.
+    """Normals of the host. Who goes on where a draw ended, as a training does from step to step, gets those of the
+    next draws made along: in one large call a normal takes a third of its time in a small one.
     """
     global _held
     if n > _AHEAD // 4:
         return cast(NDArray[np.float32], _made(np, seed, offset, n, "cpu")[:n])
-    held = _held
-    place = offset - held.first
-    goes_on = seed == held.seed and 0 <= place <= len(held.normals)
-    if not goes_on or place + n > len(held.normals):
-        _held = held = _Held(seed, offset, _made(np, seed, offset, _AHEAD if goes_on else n, "cpu"))
-        place = 0
-    return held.normals[place : place + n].copy()
+    size = n
+    streams = _held
+    for held in streams:
+        place = offset - held.first
+        if seed == held.seed and 0 <= place <= len(held.normals):
+            if place + n <= len(held.normals):
+                return held.normals[place : place + n].copy()
+            size, streams = _AHEAD, tuple(other for other in streams if other is not held)
+            break
+    normals = _made(np, seed, offset, size, "cpu")
+    _held = (_Held(seed, offset, normals), *streams[: _STREAMS - 1])
+    return cast(NDArray[np.float32], normals[:n].copy())
 
 
 def _made(library: Any, seed: int | Tensor, offset: int, n: int, device: torch.device | str) -> Any:
