@@ -43,5 +43,5 @@ def remember(call: Call, options: ElboOptions) -> None:
 
 def recall(call: Call | None, beta: float | Tensor, recon_weight: float | Tensor) -> ElboOptions | None:
     """None if the call is not known."""
-    rest = _KNOWN.get(call)  # type: ignore[arg-type]
+    rest = None if call is None else _KNOWN.get(call)
     return None if rest is None else ElboOptions(beta, recon_weight, *rest)

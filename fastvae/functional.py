@@ -1,7 +1,6 @@
 """The public functions: what they mean, and whether what came makes sense."""
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -262,9 +261,9 @@ def vae_loss(
         capacity,
         weight,
     )
-    keep = None if call is None else partial(_calls.remember, call)
-    weights = {"beta": beta, "recon_weight": recon_weight}
-    return objective(images, latents, **weights, one_pass=one_pass, inplace=inplace, keep=keep)
+    return objective(
+        images, latents, beta=beta, recon_weight=recon_weight, one_pass=one_pass, inplace=inplace, call=call
+    )
 
 
 def _images(

@@ -5,13 +5,12 @@ regularises samples as wholes is plain PyTorch on those sums, differentiable in 
 """
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import reference
+from . import _calls, reference
 from ._options import ElboOptions, ElboTensors
 from .ops.elbo import elbo
 from .terms import ForOp, Images, Latents, Scale, Weight, normalizer
@@ -35,11 +34,11 @@ def objective(
     recon_weight: Weight = 1.0,
     one_pass: bool = True,
     inplace: bool = False,
-    keep: Callable[[ElboOptions], None] | None = None,
+    call: _calls.Call | None = None,
 ) -> VAELossTerms:
     """recon_weight * recon + beta * (regularised KL), and its two terms; a term that is None is 0.
 
-    keep: is told the op's options if they are all of the work, so that the next call of the same kind can start there.
+    call: under which the op's options are remembered if they are all of the work, so that the next one can start there.
     """
     recon, target, mask = (None, None, None) if images is None else (images.recon, images.target, images.mask)
     scale = Scale() if images is None else Scale.of(images)
@@ -55,8 +54,8 @@ def objective(
     options = ElboOptions(beta, recon_weight, *constants, images.likelihood.error, floor, one_pass, inplace)
     if by_sample:
         return _by_sample(images, scale, latents, tensors, options)
-    if keep is not None:
-        keep(options)
+    if call is not None:
+        _calls.remember(call, options)
     return plain(tensors, options)
 
 

@@ -30,7 +30,6 @@ SECONDS = 120
 PROGRAM = """
 import json, os, signal, sys, time
 from fastvae import data
-from fastvae.models import VAE
 from fastvae.training import TrainConfig, TrainingInterrupted, train
 from fastvae.training.events import Saved
 

@@ -155,8 +155,6 @@ def _scales_exactly(held: list[Tensor], factor: Coefficient) -> bool:
     """Whether scaling the forward pass's gradients rounds no second time: a power of two moves the exponent alone."""
     if isinstance(factor, Tensor):
         return False
-    if factor == 1:
-        return True
     return all(t.element_size() > 2 for t in held) or math.frexp(factor)[0] in (0.0, 0.5, -0.5)
 
 

@@ -7,7 +7,7 @@ Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC11); Box &
 """
 
 import math
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -52,8 +52,10 @@ def _read(seed: int, offset: int, n: int) -> NDArray[np.float32]:
     next draws made along: in one large call a normal takes a third of its time in a small one.
     """
     global _held
+    normals: NDArray[np.float32]
     if n > _AHEAD // 4:
-        return cast(NDArray[np.float32], _made(np, seed, offset, n, "cpu")[:n])
+        normals = _made(np, seed, offset, n, "cpu")
+        return normals[:n]
     size = n
     streams = _held
     for held in streams:
@@ -65,7 +67,7 @@ def _read(seed: int, offset: int, n: int) -> NDArray[np.float32]:
             break
     normals = _made(np, seed, offset, size, "cpu")
     _held = (_Held(seed, offset, normals), *streams[: _STREAMS - 1])
-    return cast(NDArray[np.float32], normals[:n].copy())
+    return normals[:n].copy()
 
 
 def _made(library: Any, seed: int | Tensor, offset: int, n: int, device: torch.device | str) -> Any:
