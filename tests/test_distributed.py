@@ -19,6 +19,7 @@ import fastvae
 from fastvae.likelihoods import Gaussian
 from fastvae.models import VAE, VAEConfig
 from fastvae.noise_state import NoiseState
+from fastvae.training.distributed import wait_for_all
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
 
@@ -170,16 +171,12 @@ WAYS = {
 def run_rank(rank, folder):
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=WORLD_SIZE,
-        timeout=timedelta(seconds=SECONDS / 2),
-    )
+    store = dist.FileStore(f"{folder}/rendezvous", WORLD_SIZE)
+    timeout = timedelta(seconds=SECONDS / 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD_SIZE, timeout=timeout)
     found = {name: in_two(rank) for name, (in_two, _) in WAYS.items()}
     torch.save(found, f"{folder}/rank{rank}.pt")
-    dist.barrier()
+    wait_for_all(store, WORLD_SIZE)
     dist.destroy_process_group()
 
 

@@ -33,6 +33,7 @@ from fastvae import data
 from fastvae.training import TrainConfig, TrainingInterrupted, train
 from fastvae.training.events import Saved
 
+sys.setswitchinterval(60)  # whatever another thread frees too late, it frees while the interpreter ends
 mode, values = sys.argv[1], json.loads(sys.argv[2])
 config = TrainConfig.from_json(values)
 
@@ -60,23 +61,22 @@ train(config, dataset=Images(images.images), on_event=on_event)
 
 CLIPPING = """
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
+from fastvae.training.distributed import world_of
 from fastvae.training.sharding import clip_gradients, whole
 
-dist.init_process_group("gloo")
-mesh = init_device_mesh("cpu", (2,))
-values = [torch.arange(15.0).reshape(5, 3), torch.tensor(7.0)]
-expected = [torch.nn.Parameter(torch.zeros_like(value)) for value in values]
-ours = [torch.nn.Parameter(distribute_tensor(values[0], mesh, [Shard(0)])), torch.nn.Parameter(values[1])]
-for parameter, other, value in zip(expected, ours, values):
-    parameter.grad = value.clone()
-    other.grad = distribute_tensor(value, mesh, [Shard(0)]) if value.ndim else value.clone()
-torch.testing.assert_close(clip_gradients(ours, 2.0), torch.nn.utils.clip_grad_norm_(expected, 2.0))
-for parameter, other in zip(expected, ours):
-    torch.testing.assert_close(whole(other.grad), parameter.grad)
-dist.destroy_process_group()
+with world_of(torch.device("cpu")):
+    mesh = init_device_mesh("cpu", (2,))
+    values = [torch.arange(15.0).reshape(5, 3), torch.tensor(7.0)]
+    expected = [torch.nn.Parameter(torch.zeros_like(value)) for value in values]
+    ours = [torch.nn.Parameter(distribute_tensor(values[0], mesh, [Shard(0)])), torch.nn.Parameter(values[1])]
+    for parameter, other, value in zip(expected, ours, values):
+        parameter.grad = value.clone()
+        other.grad = distribute_tensor(value, mesh, [Shard(0)]) if value.ndim else value.clone()
+    torch.testing.assert_close(clip_gradients(ours, 2.0), torch.nn.utils.clip_grad_norm_(expected, 2.0))
+    for parameter, other in zip(expected, ours):
+        torch.testing.assert_close(whole(other.grad), parameter.grad)
 """
 
 
@@ -102,12 +102,29 @@ def alone_with_all_parts(config, tmp_path_factory):
     return train(replace(config, out=tmp_path_factory.mktemp("parts") / "one", **ALL_PARTS)).run
 
 
-def torchrun(*arguments, **options):
-    threads = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", *arguments]
-    return subprocess.Popen(
-        command, env=os.environ | threads, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
-    )
+@pytest.fixture
+def torchrun(tmp_path):
+    """Start a program in two processes."""
+
+    def start(text, *arguments, max_restarts=0):
+        program = tmp_path / "program.py"
+        program.write_text(text)
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+        command += ["--max-restarts", str(max_restarts), str(program), *arguments]
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+        return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    return start
+
+
+@pytest.fixture
+def start(torchrun):
+    """Start a training in two processes."""
+
+    def start(config, mode="", **options):
+        return torchrun(PROGRAM, mode, json.dumps(config.to_json()), **options)
+
+    return start
 
 
 def output_of(process):
@@ -134,12 +151,9 @@ def assert_same_but_for_rounding(run, alone):
     assert next(evaluations) == pytest.approx(next(evaluations), rel=1e-4)
 
 
-def test_a_rank_that_is_killed_costs_nothing_but_time(config, alone, tmp_path):
+def test_a_rank_that_is_killed_costs_nothing_but_time(start, config, alone, tmp_path):
     run = tmp_path / "run"
-    program = tmp_path / "program.py"
-    program.write_text(PROGRAM)
-    values = json.dumps(replace(config, out=run).to_json())
-    process = torchrun("--max-restarts", "1", str(program), "fall", values)
+    process = start(replace(config, out=run), "fall", max_restarts=1)
     output = output_of(process)
     assert process.returncode == 0, output
     assert "exitcode: -9) local_rank: 1" in output, output
@@ -147,12 +161,10 @@ def test_a_rank_that_is_killed_costs_nothing_but_time(config, alone, tmp_path):
     assert sorted(path.name for path in run.iterdir()) == sorted(path.name for path in alone.iterdir())
 
 
-def test_a_run_that_is_told_to_stop_goes_on_alone(config, alone, tmp_path):
+def test_a_run_that_is_told_to_stop_goes_on_alone(start, config, alone, tmp_path):
     """Two processes leave one checkpoint, at the same step; one process loads it."""
     run = tmp_path / "run"
-    program = tmp_path / "program.py"
-    program.write_text(PROGRAM)
-    process = torchrun(str(program), "wait", json.dumps(replace(config, out=run).to_json()))
+    process = start(replace(config, out=run), "wait")
     deadline = time.monotonic() + SECONDS
     while not (run / "checkpoint.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -177,10 +189,8 @@ class TestSharded:
     def sharded(self, config, tmp_path):
         return replace(config, out=tmp_path / "run", shard=True, **ALL_PARTS)
 
-    def test_two_processes_are_one(self, alone, sharded, tmp_path):
-        program = tmp_path / "program.py"
-        program.write_text(PROGRAM)
-        process = torchrun(str(program), "", json.dumps(sharded.to_json()))
+    def test_two_processes_are_one(self, start, alone, sharded):
+        process = start(sharded)
         output = output_of(process)
         assert process.returncode == 0, output
         assert "Warning" not in output
@@ -196,12 +206,10 @@ class TestSharded:
         state = load_part(run / "checkpoint.pt", "criterion")  # what is not sharded stays
         torch.testing.assert_close(state, load_part(alone / "checkpoint.pt", "criterion"))
 
-    def test_two_then_one_then_two(self, alone, sharded, tmp_path):
+    def test_two_then_one_then_two(self, start, alone, sharded):
         """Each goes on from what another number of processes left."""
         run = sharded.out
-        program = tmp_path / "program.py"
-        program.write_text(PROGRAM)
-        process = torchrun(str(program), "stop 5", json.dumps(sharded.to_json()))
+        process = start(sharded, "stop 5")
         output = output_of(process)
         assert "training stopped by SIGTERM" in output, output
         assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-00000006"]
@@ -213,15 +221,13 @@ class TestSharded:
         with pytest.raises(TrainingInterrupted):
             train(TrainConfig.from_run(run), on_event=stop)
         assert not list(run.glob("checkpoint-*"))  # one process keeps all in one file
-        process = torchrun(str(program), "", json.dumps(TrainConfig.from_run(run).to_json()))
+        process = start(TrainConfig.from_run(run))
         output = output_of(process)
         assert process.returncode == 0, output
         assert_same_but_for_rounding(run, alone)
 
-    def test_a_lost_shard_is_said(self, sharded, tmp_path):
-        program = tmp_path / "program.py"
-        program.write_text(PROGRAM)
-        output_of(torchrun(str(program), "stop 5", json.dumps(sharded.to_json())))
+    def test_a_lost_shard_is_said(self, start, sharded):
+        output_of(start(sharded, "stop 5"))
         (folder,) = sharded.out.glob("checkpoint-*")
         shard = next(folder.glob("shard-00002*"))
         content = shard.read_bytes()
@@ -234,10 +240,8 @@ class TestSharded:
         shard.write_bytes(content)
         assert train(TrainConfig.from_run(sharded.out)).run == sharded.out
 
-    def test_gradients_are_clipped_by_the_norm_of_all(self, tmp_path):
-        program = tmp_path / "program.py"
-        program.write_text(CLIPPING)
-        process = torchrun(str(program))
+    def test_gradients_are_clipped_by_the_norm_of_all(self, torchrun):
+        process = torchrun(CLIPPING)
         output = output_of(process)
         assert process.returncode == 0, output
 

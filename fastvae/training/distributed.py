@@ -110,9 +110,21 @@ def world_of(device: torch.device) -> Iterator[World]:
     )
     try:
         yield World(dist.get_rank(), dist.get_world_size())
-        dist.barrier()  # who leaves while the first one still draws would be taken for fallen
+        wait_for_all(store, size)  # who leaves while the first one still draws would be taken for fallen
     finally:
         dist.destroy_process_group()
+
+
+def wait_for_all(store: Any, size: int) -> None:
+    """A barrier through a `torch.distributed.Store`, without the group.
+
+    After a barrier of gloo's, one of its threads frees tensors of Python; where the interpreter ends meanwhile, that
+    aborts the process (https://github.com/pytorch/pytorch/issues/190489).
+    """
+    if store.add("done", 1) == size:
+        store.set("all done", "")
+    else:
+        store.wait(["all done"], dist.default_pg_timeout)
 
 
 def restarts() -> int:
