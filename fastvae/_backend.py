@@ -55,7 +55,8 @@ def use_backend(name: Backend) -> Iterator[None]:
         _context_choice.reset(token)
 
 
-def _choice() -> str:
+def choice() -> str:
+    """What was asked for: "auto", "triton" or "torch"."""
     return _context_choice.get() or _process_choice or _environment_choice()
 
 
@@ -86,11 +87,11 @@ def backend_of(tensor: Tensor) -> str:
     Raises:
         RuntimeError: "triton" was asked for and cannot run on the tensor's device.
     """
-    choice = _choice()
-    if choice == "torch":
+    chosen = choice()
+    if chosen == "torch":
         return "torch"
     device = tensor.device
-    if choice == "auto":
+    if chosen == "auto":
         return "triton" if device.type == "cuda" and _triton_obstacle(device.type, device.index) is None else "torch"
     if obstacle := _triton_obstacle(device.type, device.index):
         raise RuntimeError(
@@ -113,11 +114,11 @@ def room_of(tensor: Tensor, op: str) -> ModuleType:
 def explain(device: torch.device | str) -> str:
     """One line: which backend tensors on `device` get, and why."""
     device = torch.device(device)
-    choice = _choice()
+    chosen = choice()
     obstacle = _triton_obstacle(device.type, device.index)
-    if choice == "torch":
+    if chosen == "torch":
         return "torch, as chosen by set_backend, use_backend or FASTVAE_BACKEND"
-    if choice == "triton":
+    if chosen == "triton":
         return f"none: triton is chosen, but {obstacle}" if obstacle else "triton, as chosen"
     if obstacle or device.type != "cuda":
         return f"torch: {obstacle or 'interpreted kernels run only where the backend triton is chosen'}"

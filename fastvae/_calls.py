@@ -1,47 +1,52 @@
 """Calls that were checked before: a training makes the same one again and again, and only the numbers change."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._options import ElboOptions
+from . import _backend
+from ._strides import readable
 
-Call = tuple[Any, ...]  # all that the checks of a usual call look at, but for the weights
+Call = tuple[Any, ...]  # all that a usual call's checks and its way to a kernel depend on, but for numbers
 
-# what checking and resolving a call came to: the op's options but for the weights
-_KNOWN: dict[Call, tuple[Any, ...]] = {}
+_KNOWN: dict[Call, Any] = {}
 _MOST_KNOWN = 1024
 
 
 def signature(tensors: Sequence[Tensor | None], *options: Any) -> Call | None:
-    """None where something unusual came, or where torch traces."""
-    if torch.compiler.is_compiling():
+    """None where something unusual came, or where somebody looks on."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return None
-    seen: list[Any] = []
-    for tensor in tensors:
-        if tensor is None:
-            seen.append(None)
-        elif type(tensor) is Tensor:
-            seen.append((tensor.shape, tensor.dtype, tensor.device, tensor.layout))
-        else:
-            return None
-    call = (*seen, *options)
+    seen: list[Any] = [_backend.choice(), *options]
     try:
-        hash(call)
-    except TypeError:
+        for tensor in tensors:
+            if tensor is None:
+                seen.append(None)
+            elif type(tensor) is Tensor:
+                seen.append((tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.is_neg()))
+            else:
+                return None
+    except RuntimeError:  # no strides: it is not dense
         return None
-    return call
+    return tuple(seen)
 
 
-def remember(call: Call, options: ElboOptions) -> None:
+def remember(call: Call | None, known: Any, tensors: Sequence[Tensor | None]) -> None:
+    """Keep what checking and resolving a call came to, if it can read its tensors as they are."""
+    if call is None or any(t is not None and readable(t) is not t for t in tensors):
+        return
     if len(_KNOWN) >= _MOST_KNOWN:
         _KNOWN.clear()
-    _KNOWN[call] = options[2:]
+    with suppress(TypeError):  # an option that cannot be hashed
+        _KNOWN[call] = known
 
 
-def recall(call: Call | None, beta: float | Tensor, recon_weight: float | Tensor) -> ElboOptions | None:
+def recall(call: Call | None) -> Any:
     """None if the call is not known."""
-    rest = None if call is None else _KNOWN.get(call)
-    return None if rest is None else ElboOptions(beta, recon_weight, *rest)
+    try:
+        return None if call is None else _KNOWN.get(call)
+    except TypeError:
+        return None

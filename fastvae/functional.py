@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from . import _calls, _checks, likelihoods
-from ._options import Clamp, ElboTensors
+from ._options import Clamp
 from .likelihoods import Likelihood
+from .objective import KnownLoss, objective
 from .objective import VAELossTerms as VAELossTerms
-from .objective import objective, plain
 from .regularizers import Capacity, FreeBits
 from .sampling import philox, sample
 from .terms import Images, Latents
@@ -230,11 +230,11 @@ def vae_loss(
     if usual and prior is None and not inplace and type(likelihood) is str:
         options = (likelihood, reduction, recon_reduction, kl_reduction, logvar_clamp, one_pass)
         call = _calls.signature((recon, target, mu, logvar, kl), *options)
-        if (known := _calls.recall(call, beta, recon_weight)) is not None:
+        known: KnownLoss | None = _calls.recall(call)
+        if known is not None:
             _checks.weight("beta", beta, recon)
             _checks.weight("recon_weight", recon_weight, recon)
-            posterior = (mu, logvar) if kl is None else (None, None)
-            return plain(ElboTensors(recon, target, None, *posterior, None, None, kl), known)
+            return known(beta, recon_weight, recon, target, *((mu, logvar) if kl is None else (kl,)))
     reductions = _checks.reductions(reduction, recon_reduction, kl_reduction)
     images = _images(recon, target, likelihood, reductions[0], weight, mask, extra)
     _checks.weight("beta", beta, recon)

@@ -5,14 +5,14 @@ regularises samples as wholes is plain PyTorch on those sums, differentiable in 
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _calls, reference
 from ._options import ElboOptions, ElboTensors
-from .ops.elbo import elbo
+from .ops.elbo import Site, elbo, elbo_at, site_of
 from .terms import ForOp, Images, Latents, Scale, Weight, normalizer
 
 _NO_LATENTS: ForOp = (None, None, None, None, None), 1.0, None, None
@@ -24,6 +24,17 @@ class VAELossTerms(NamedTuple):
     loss: Tensor
     recon: Tensor
     kl: Tensor
+
+
+class KnownLoss(NamedTuple):
+    """What a call of the loss comes to where no option acts on samples as wholes: its op, but for the weights."""
+
+    site: Site
+    options: tuple[Any, ...]  # the last ones of ElboOptions
+
+    def __call__(self, beta: Weight, recon_weight: Weight, *tensors: Tensor) -> VAELossTerms:
+        loss, recon, kl, _ = elbo_at(self.site, ElboOptions(beta, recon_weight, *self.options), *tensors)
+        return VAELossTerms(loss, recon, kl)
 
 
 def objective(
@@ -47,21 +58,18 @@ def objective(
     if images is None:
         assert latents is not None
         options = ElboOptions(beta, recon_weight, 1.0, 0.0, kl_scale, latents.reduction == "none", logvar_clamp)
-        return plain(tensors, options)
+        return VAELossTerms(*_op(tensors, options)[:3])
     by_sample = _weighs_samples(images, scale) or (latents is not None and latents.weighs_samples)
     recon_scale, recon_constant = (1.0, 0.0) if by_sample else _linear(images, scale)
     constants = recon_scale, recon_constant, kl_scale, images.reduction == "none", logvar_clamp
     options = ElboOptions(beta, recon_weight, *constants, images.likelihood.error, floor, one_pass, inplace)
     if by_sample:
         return _by_sample(images, scale, latents, tensors, options)
+    site = None
     if call is not None:
-        _calls.remember(call, options)
-    return plain(tensors, options)
-
-
-def plain(tensors: ElboTensors, options: ElboOptions) -> VAELossTerms:
-    """Where no option acts on samples as wholes: the op's terms are the loss's."""
-    return VAELossTerms(*_op(tensors, options)[:3])
+        site = site_of(tensors)
+        _calls.remember(call, KnownLoss(site, options[2:]), tensors)
+    return VAELossTerms(*_op(tensors, options, site)[:3])
 
 
 def _linear(images: Images, scale: Scale) -> tuple[float, float]:
@@ -192,8 +200,10 @@ def _beyond_capacity(latents: Latents, term: Tensor) -> Tensor:
     return (term - latents.capacity.nats * (latents.normalizer * latents.batch)).abs()
 
 
-def _op(tensors: ElboTensors, options: ElboOptions) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def _op(
+    tensors: ElboTensors, options: ElboOptions, site: Site | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(loss, recon term, KL term, KL term under the floor)."""
     if torch.compiler.is_compiling():  # the compiler fuses the plain formula with its neighbours
         return reference.elbo(tensors, options)
-    return elbo(tensors, options)
+    return elbo(tensors, options, site)

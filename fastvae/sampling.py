@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from . import _backend, _checks, reference
-from ._options import Clamp, Noise, PhiloxNoise
+from . import _backend, _calls, _checks, reference
+from ._options import Clamp, PhiloxNoise
 from ._strides import readable
 from .ops import _registered
-from .ops.reparam_kl import ReparamKLFunction
+from .ops.reparam_kl import ReparamKLFunction, Site
 
 # devices on which a traced sample without a seed is one op that draws its own noise; elsewhere the compiler fuses the
 # plain formula with torch's noise
@@ -26,25 +26,44 @@ def sample(
     packed: tuple[Tensor, int] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """(z, KL of each sample or None); `packed`: mu and logvar are the halves of a dimension of one tensor."""
-    _checks.gaussian(mu, logvar)
+    first, second, dim = (mu, logvar, None) if packed is None else (packed[0], None, packed[1])
+    call = _calls.signature((mu, logvar), "sample", dim, logvar_clamp, with_kl)
+    site: Site | None = _calls.recall(call)
+    if site is None:
+        _checks.gaussian(mu, logvar)
     _checks.noise_source(mu, generator, seed, offset)
-    bounds = _checks.logvar_clamp(logvar_clamp)
-    traced = torch.compiler.is_compiling() or _registered.is_watched(mu)
-    if traced and generator is not None:
+    if site is None:
+        bounds = _checks.logvar_clamp(logvar_clamp)
+        if torch.compiler.is_compiling() or _registered.is_watched(mu):
+            return _traced(mu, logvar, generator, seed, offset, bounds, with_kl=with_kl)
+        site = Site(_backend.room_of(mu, "reparam_kl"), dim, bounds, with_kl, {})
+        first, second = readable(first), None if second is None else readable(second)
+        _calls.remember(call, site, (mu, logvar))
+    drawn = seed is None and site.room is _backend.room("torch", "reparam_kl")
+    noise = _drawn(mu, generator) if drawn else _philox_noise(mu, generator, seed, offset)
+    z, kl = ReparamKLFunction.apply(site, noise, first, second)  # type: ignore[no-untyped-call]
+    return z, kl
+
+
+def _traced(
+    mu: Tensor,
+    logvar: Tensor,
+    generator: torch.Generator | None,
+    seed: int | Tensor | None,
+    offset: int,
+    bounds: Clamp | None,
+    *,
+    with_kl: bool,
+) -> tuple[Tensor, Tensor | None]:
+    if generator is not None:
         _checks.fail(
             "generator cannot be given while torch traces (torch.compile, torch.export, fake tensors); got one. Pass "
             "seed=, an int or a tensor, or let the noise come from torch's default generator."
         )
-    noise = _noise(mu, generator, seed, offset, traced=traced)
-    if traced:
-        if isinstance(noise, PhiloxNoise):
-            return _registered.reparam_kl(mu, logvar, noise, bounds, with_kl=with_kl)
-        return reference.reparameterize_kl(mu, logvar, noise, bounds)
-    first, second, dim = (mu, logvar, None) if packed is None else (packed[0], None, packed[1])
-    inputs = (readable(first), None if second is None else readable(second), dim)
-    room = _backend.room_of(mu, "reparam_kl")
-    z, kl = ReparamKLFunction.apply(room, *inputs, noise, bounds, with_kl)  # type: ignore[no-untyped-call]
-    return z, kl
+    if seed is None and mu.device.type not in OPAQUE:
+        return reference.reparameterize_kl(mu, logvar, _drawn(mu, None), bounds)
+    drawn_seed = torch.randint(2**63 - 1, (1,), device=mu.device) if seed is None else _int64(seed)
+    return _registered.reparam_kl(mu, logvar, PhiloxNoise(drawn_seed, offset), bounds, with_kl=with_kl)
 
 
 def philox(shape: torch.Size, seed: int | Tensor, offset: int, dtype: torch.dtype, like: Tensor) -> Tensor:
@@ -63,20 +82,14 @@ def _int64(seed: int | Tensor) -> int | Tensor:
     return (seed + 2**63) % 2**64 - 2**63
 
 
-def _noise(
-    mu: Tensor, generator: torch.Generator | None, seed: int | Tensor | None, offset: int, *, traced: bool
-) -> Noise:
+def _philox_noise(mu: Tensor, generator: torch.Generator | None, seed: int | Tensor | None, offset: int) -> PhiloxNoise:
     if seed is not None:
         return PhiloxNoise(_int64(seed), offset)
-    if traced and mu.device.type in OPAQUE:
-        return PhiloxNoise(torch.randint(2**63 - 1, (1,), device=mu.device), 0)
-    if traced or _backend.backend_of(mu) == "torch":
-        return _drawn(mu, generator)
     if generator is None:
         return PhiloxNoise(torch.empty(1, dtype=torch.int64, device=mu.device).random_(), 0)
-    seed = torch.empty(1, dtype=torch.int64, device=generator.device)
-    seed.random_(-(2**63), 2**63 - 1, generator=generator)
-    return PhiloxNoise(seed.to(mu.device, non_blocking=True), 0)
+    drawn = torch.empty(1, dtype=torch.int64, device=generator.device)
+    drawn.random_(-(2**63), 2**63 - 1, generator=generator)
+    return PhiloxNoise(drawn.to(mu.device, non_blocking=True), 0)
 
 
 def _drawn(mu: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastvae
 from fastvae import _calls, _checks, functional
@@ -96,3 +97,105 @@ def test_errors_come_after_a_call_that_was_right(other, message):
         fastvae.vae_loss(**call)
         with pytest.raises((ValueError, TypeError), match=message):
             fastvae.vae_loss(**{**call, **other})
+
+
+def laid_out_otherwise(tensor):
+    """The same numbers, with the strides of the transposed."""
+    return tensor.t().contiguous().t()
+
+
+@pytest.mark.parametrize("layouts", [(0, 1), (1, 0)], ids=["contiguous first", "transposed first"])
+@pytest.mark.parametrize("which", range(4))
+def test_strides_make_another_call(checked, backend, which, layouts):
+    """What the kernels remember holds for one layout of memory."""
+    tensors = [RECON, TARGET, MU, LOGVAR]
+    expected = None
+    for other in layouts:
+        given = [laid_out_otherwise(t) if other and i == which else t.clone() for i, t in enumerate(tensors)]
+        recon, target, mu, logvar = (t.requires_grad_() for t in given)
+        z, kl = fastvae.reparameterize_kl(mu, logvar, seed=3)
+        target = target.detach()
+        loss = fastvae.vae_loss(recon, target, kl=kl).loss + fastvae.vae_loss(recon, target, mu, logvar).loss
+        found = loss, z, *torch.autograd.grad((loss, z), [recon, mu, logvar], (torch.tensor(2.0), torch.ones(2, 4)))
+        if expected is not None:
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+        expected = found
+
+
+@pytest.mark.parametrize("hooked", ["forward", "backward"])
+def test_saved_tensors_may_come_back_with_other_strides(checked, backend, hooked):
+    """Whether the first or the second call of a kind has the hook."""
+    recon, mu, logvar = (t.clone().requires_grad_() for t in (RECON, MU, LOGVAR))
+    found = []
+    for hook in (hooked == "forward", hooked == "backward"):
+        unpack = laid_out_otherwise if hook else (lambda tensor: tensor)
+        saving = torch.autograd.graph.saved_tensors_hooks(
+            lambda t: t.detach(), lambda t, unpack=unpack: unpack(t) if t.ndim == 2 else t
+        )
+        with saving:
+            z, kl = fastvae.reparameterize_kl(mu, logvar, seed=3)
+            loss = fastvae.vae_loss(recon, TARGET, kl=kl, one_pass=False).loss
+        found.append(torch.autograd.grad((loss, z), [recon, mu, logvar], (torch.ones(()), torch.ones(2, 4))))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-6)
+
+
+SAMPLES = {
+    "plain": {},
+    "clamped": {"logvar_clamp": (-0.1, 0.1)},
+    "seeded": {"seed": 5},
+    "from the middle of a counter": {"seed": 5, "offset": 6},
+    "from the start of one": {"seed": 5, "offset": 8},
+    "seeded by a tensor": {"seed": torch.tensor([7])},
+}
+
+
+def test_samples_that_were_checked_once_are_drawn_alike(monkeypatch, backend):
+    monkeypatch.setattr(_calls, "_KNOWN", {})
+    alone = {}
+    for name, options in SAMPLES.items():
+        for draw in (fastvae.reparameterize, fastvae.reparameterize_kl):
+            _calls._KNOWN.clear()
+            torch.manual_seed(1)
+            alone[name, draw] = draw(MU, LOGVAR, **options)
+    _calls._KNOWN.clear()
+    for (name, draw), expected in alone.items():
+        torch.manual_seed(1)
+        torch.testing.assert_close(draw(MU, LOGVAR, **SAMPLES[name]), expected, rtol=0, atol=0)
+    assert len(_calls._KNOWN) == 4  # clamped or not, with the KL or without
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"offset": 3}, "without seed"),
+        ({"seed": 1.5}, "seed must be an int"),
+        ({"seed": 1, "generator": torch.Generator()}, "exclude each other"),
+        ({"logvar_clamp": (1, 0)}, "logvar_clamp"),
+        ({"logvar": LOGVAR[:1]}, "must have one shape"),
+        ({"logvar": LOGVAR.to("meta")}, "must be on one device"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_errors_come_after_a_sample_that_was_right(options, message):
+    for _ in range(2):
+        fastvae.reparameterize_kl(MU, LOGVAR)
+        with pytest.raises((ValueError, TypeError), match=message):
+            fastvae.reparameterize_kl(**{"mu": MU, "logvar": LOGVAR, **options})
+
+
+def test_whoever_looks_on_is_asked(checked):
+    """Dispatch modes see the registered op, whatever was remembered."""
+    names = set()
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.add(str(function))
+            return function(*args, **(kwargs or {}))
+
+    for _ in range(2):
+        fastvae.vae_loss(RECON, TARGET, kl=KL)
+        fastvae.reparameterize(MU, LOGVAR, seed=1)
+    with Seen():
+        fastvae.vae_loss(RECON, TARGET, kl=KL)
+        fastvae.reparameterize(MU, LOGVAR, seed=1)
+    assert {"fastvae.elbo_fwd.default", "fastvae.reparam_kl.default"} <= names

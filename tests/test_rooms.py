@@ -21,8 +21,8 @@ LAYERS = [
     {"objective", "sampling", "presets"},
     {"ops", "terms"},
     {"likelihoods", "regularizers", "schedules", "parametrizations", "noise_state"},
-    {"fallback", "fastvae_kernels"},
-    {"reference", "_calls", "_checks", "_backend", "_files"},
+    {"fallback", "fastvae_kernels", "_calls"},
+    {"reference", "_checks", "_backend", "_files"},
     {"_options", "_strides"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}

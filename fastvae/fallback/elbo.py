@@ -1,6 +1,7 @@
 """The loss of a VAE in few passes: what the kernel of this name does, for any device."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from .images import Coefficient, Images, sum_errors, write_gradients
 
 
 def elbo_fwd(
-    tensors: ElboTensors, written: ElboTensors, options: ElboOptions
+    tensors: ElboTensors, written: ElboTensors, options: ElboOptions, notes: dict[Any, Any]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Return (loss, recon term, KL term, KL term under the floor, weights).
 
@@ -59,6 +60,7 @@ def elbo_bwd(
     upstream: tuple[Tensor | None, ...],
     gradients: ElboTensors,
     options: ElboOptions,
+    notes: dict[Any, Any],
     *,
     holds_forward_gradient: bool,
 ) -> None:

@@ -1,5 +1,7 @@
 """Sampling and KL in few passes: what the kernel of this name does, for any device."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,14 @@ from .philox import philox_normal
 
 
 def reparam_kl_fwd(
-    mu: Tensor, logvar: Tensor, noise: Noise, z: Tensor, logvar_clamp: Clamp | None, *, with_kl: bool
+    mu: Tensor,
+    logvar: Tensor,
+    noise: Noise,
+    z: Tensor,
+    logvar_clamp: Clamp | None,
+    notes: dict[Any, Any],
+    *,
+    with_kl: bool,
 ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
     """Write z; return the KL of each sample (None unless asked for) and what the backward pass needs."""
     dtype = compute_dtype(mu, logvar)
@@ -48,6 +57,7 @@ def reparam_kl_bwd(
     dlogvar: Tensor | None,
     noise: Noise | None,
     logvar_clamp: Clamp | None,
+    notes: dict[Any, Any],
 ) -> None:
     """Write the gradients that are asked for: dmu = dz + dkl mu; dlogvar = (dz sigma noise + dkl expm1(logvar)) / 2."""
     dtype = compute_dtype(mu, logvar)

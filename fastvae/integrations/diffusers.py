@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import _backend, _checks, reference
 from ..distributions import DiagonalGaussian
 from ..functional import philox_normal
-from ..ops.reparam_kl import ReparamKLFunction
+from ..ops.reparam_kl import ReparamKLFunction, Site
 from ._patch import Patch, Replacement, imported
 
 CLAMP = (-30.0, 20.0)  # what diffusers clamps every logvar to
@@ -207,5 +207,6 @@ def _with_noise(packed: Tensor, noise: Tensor, with_kl: bool) -> Sample:
         mu, logvar = packed.chunk(2, 1)
         return reference.reparameterize_kl(mu, logvar, noise, CLAMP)[0], None
     room = _backend.room("torch", "reparam_kl")  # the kernels take seeds, not noise
-    z, kl = ReparamKLFunction.apply(room, packed, None, 1, noise, CLAMP, with_kl)  # type: ignore[no-untyped-call]
+    site = Site(room, 1, CLAMP, with_kl, {})
+    z, kl = ReparamKLFunction.apply(site, noise, packed, None)  # type: ignore[no-untyped-call]
     return z, kl

@@ -45,7 +45,7 @@ def is_watched(like: Tensor) -> bool:
 
 
 def elbo_fwd(
-    tensors: ElboTensors, written: ElboTensors, options: ElboOptions
+    tensors: ElboTensors, written: ElboTensors, options: ElboOptions, notes: dict[Any, Any]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """As the functions of this name in the backends."""
     outputs = torch.ops.fastvae.elbo_fwd(*tensors, written.recon, written.log_scale, *_packed(options))
@@ -60,6 +60,7 @@ def elbo_bwd(
     upstream: tuple[Tensor | None, ...],
     gradients: ElboTensors,
     options: ElboOptions,
+    notes: dict[Any, Any],
     *,
     holds_forward_gradient: bool,
 ) -> None:
@@ -134,7 +135,7 @@ def _elbo_fwd(*args: Any) -> tuple[Tensor, ...]:
     tensors, options = ElboTensors(*args[:_N]), _unpacked(*args[_N + 2 :])
     like = next(t for t in tensors if t is not None)
     written = ElboTensors(recon=args[_N], log_scale=args[_N + 1])
-    outputs = _backend.room_of(like, "elbo").elbo_fwd(tensors, written, options)
+    outputs = _backend.room_of(like, "elbo").elbo_fwd(tensors, written, options, {})
     loss, recon_term, kl_term = outputs[:3]
     return _distinct(loss, recon_term, kl_term, *(like.new_empty(0) if t is None else t for t in outputs[3:]))
 
@@ -167,7 +168,7 @@ def _elbo_bwd(*args: Any) -> None:
     options = _unpacked(*rest[len(_GRADIENTS) : -1])
     like = next(t for t in gradients if t is not None)
     room = _backend.room_of(like, "elbo")
-    room.elbo_bwd(tensors, upstream, gradients, options, holds_forward_gradient=rest[-1])
+    room.elbo_bwd(tensors, upstream, gradients, options, {}, holds_forward_gradient=rest[-1])
 
 
 @torch.library.register_fake("fastvae::elbo_bwd", lib=_LIBRARY)
@@ -185,7 +186,7 @@ def _reparam_kl(
 ) -> tuple[Tensor, Tensor]:
     z = torch.empty_like(mu, dtype=torch.promote_types(mu.dtype, logvar.dtype))
     room = _backend.room_of(mu, "reparam_kl")
-    kl, _ = room.reparam_kl_fwd(mu, logvar, PhiloxNoise(seed, offset), z, _bounds(low, high), with_kl=with_kl)
+    kl, _ = room.reparam_kl_fwd(mu, logvar, PhiloxNoise(seed, offset), z, _bounds(low, high), {}, with_kl=with_kl)
     return z, mu.new_empty(0) if kl is None else kl
 
 
@@ -212,7 +213,7 @@ def _reparam_kl_bwd(
     room = _backend.room_of(mu, "reparam_kl")
     dmu, dlogvar = torch.empty_like(mu), torch.empty_like(logvar)
     saved = room.saved_again(mu, logvar, noise, bounds)
-    room.reparam_kl_bwd(mu, logvar, saved, dz, dkl, dmu, dlogvar, noise, bounds)
+    room.reparam_kl_bwd(mu, logvar, saved, dz, dkl, dmu, dlogvar, noise, bounds, {})
     return dmu, dlogvar
 
 

@@ -1,6 +1,6 @@
 """Sampling from a diagonal Gaussian and its KL: autograd and dispatch."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,56 +10,59 @@ from .._options import Clamp, Noise, PhiloxNoise
 from ._double import apart, gradients_through, with_memory
 
 
-class ReparamKLFunction(torch.autograd.Function):
-    """(mu, logvar) -> (z, kl); kl is None unless `with_kl`. room: the backend's module.
+class Site(NamedTuple):
+    """What calls whose tensors are alike have in common."""
 
-    With `dim`, mu and logvar are the halves of the first input along it: they are read where they are, and their
-    gradients are written side by side into one tensor.
+    room: Any  # the backend's module
+    dim: int | None  # along which mu and logvar are the halves of one tensor
+    logvar_clamp: Clamp | None
+    with_kl: bool
+    notes: dict[Any, Any]  # what the backend worked out for such tensors
+
+
+class ReparamKLFunction(torch.autograd.Function):
+    """(site, noise, mu, logvar) -> (z, kl); kl is None unless the site has `with_kl`.
+
+    Where it has `dim`, mu holds both, and there is no logvar: they are read where they are, and their gradients are
+    written side by side into one tensor.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        room: Any,
-        mu: Tensor,
-        logvar: Tensor | None,
-        dim: int | None,
-        noise: Noise,
-        logvar_clamp: Clamp | None,
-        with_kl: bool,
+        ctx: Any, site: Site, noise: Noise, first: Tensor, second: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
-        ctx.room, ctx.dim, ctx.logvar_clamp = room, dim, logvar_clamp
-        # drawn noise lives on in what the fallback saves
-        ctx.noise = None if isinstance(noise, Tensor) else noise
-        inputs = (mu, logvar)
-        mu, logvar = _halves(mu, logvar, dim)
+        mu, logvar = _halves(first, second, site.dim)
         same = mu.dtype == logvar.dtype  # to name the dtype takes as long as the memory
         z = torch.empty_like(mu) if same else torch.empty_like(mu, dtype=torch.promote_types(mu.dtype, logvar.dtype))
-        kl, saved = room.reparam_kl_fwd(mu, logvar, noise, z, logvar_clamp, with_kl=with_kl)
-        # saved, so that autograd finds a seed that has changed before the noise is drawn again
-        seed = noise.seed if isinstance(noise, PhiloxNoise) and isinstance(noise.seed, Tensor) else None
-        ctx.save_for_backward(*inputs, seed, *saved)
+        kl, saved = site.room.reparam_kl_fwd(mu, logvar, noise, z, site.logvar_clamp, site.notes, with_kl=site.with_kl)
+        ctx.site = site
+        # drawn noise lives on in what the fallback saves; a seed is saved, so that autograd finds one that has changed
+        # before the noise is drawn again
+        seed, ctx.offset = (None, None) if isinstance(noise, Tensor) else noise
+        ctx.seed = None if isinstance(seed, Tensor) else seed
+        ctx.save_for_backward(first, second, None if seed is ctx.seed else seed, *saved)
         return z, kl
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         dz, dkl = upstream = with_memory(upstream)
         first, second, seed, *saved = ctx.saved_tensors
-        noise = ctx.noise if seed is None else PhiloxNoise(seed, ctx.noise.offset)
-        inputs, wanted = (first, second), ctx.needs_input_grad[1:3]
-        if torch.is_grad_enabled():
-            first, second = apart(inputs)
-            inputs = (first, second)
-        mu, logvar = _halves(*inputs, ctx.dim)
+        site, dim = ctx.site, ctx.site.dim
+        noise = None if ctx.offset is None else PhiloxNoise(ctx.seed if seed is None else seed, ctx.offset)
+        inputs, wanted = (first, second), ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():  # create_graph=True: the kernels are not differentiable, the reference is
-            spread = ctx.room.spread(mu, logvar, saved, noise, ctx.logvar_clamp)
-            outputs = reference.resample_kl(mu, logvar, spread, ctx.logvar_clamp)
-            return None, *gradients_through(outputs, upstream, inputs, wanted), None, None, None, None
-        gradients = [torch.empty_like(x) if want else None for x, want in zip(inputs, wanted, strict=True)]
-        dmu, dlogvar = _halves(gradients[0], gradients[1], ctx.dim)
-        ctx.room.reparam_kl_bwd(mu, logvar, saved, dz, dkl, dmu, dlogvar, noise, ctx.logvar_clamp)
-        return None, *gradients, None, None, None, None
+            separate = apart(inputs)
+            mu, logvar = _halves(separate[0], separate[1], dim)
+            spread = site.room.spread(mu, logvar, saved, noise, site.logvar_clamp)
+            outputs = reference.resample_kl(mu, logvar, spread, site.logvar_clamp)
+            return None, None, *gradients_through(outputs, upstream, separate, wanted)
+        mu, logvar = _halves(first, second, dim)
+        dfirst = torch.empty_like(first) if wanted[0] else None
+        dsecond = torch.empty_like(second) if wanted[1] else None
+        dmu, dlogvar = _halves(dfirst, dsecond, dim)
+        site.room.reparam_kl_bwd(mu, logvar, saved, dz, dkl, dmu, dlogvar, noise, site.logvar_clamp, site.notes)
+        return None, None, dfirst, dsecond
 
 
 def _halves(first: Any, second: Any, dim: int | None) -> Any:

@@ -5,6 +5,7 @@ at run time.
 import math
 import struct
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -49,6 +50,14 @@ def tile(n_rows: int, n_cols: int, element_size: int, *, max_programs: int = MAX
     return Tile(size // cols, cols, steps, -(-tiles // steps))
 
 
+def first(tensors: Sequence[Tensor | None]) -> Tensor:
+    """The first that is there."""
+    for t in tensors:
+        if t is not None:
+            return t
+    raise ValueError("no tensor came")
+
+
 class Meta(NamedTuple):
     """What a launch has to know of a tensor beforehand."""
 
@@ -65,6 +74,11 @@ def keys(tensors: Sequence[Tensor | None]) -> tuple[Key | None, ...]:
     than a launch. Plain tuples, because to name their fields takes as long again.
     """
     return tuple([None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors])
+
+
+def strides_of(tensors: Sequence[Tensor | None]) -> tuple[tuple[int, ...] | None, ...]:
+    """The same where shapes and dtypes are known."""
+    return tuple([None if t is None else t.stride() for t in tensors])
 
 
 def metas(keys: Sequence[Key | None]) -> list[Meta | None]:
@@ -234,8 +248,11 @@ def scalar(x, DTYPE: tl.constexpr):
 
 def host_scalar(x: float | Tensor | None) -> int | Tensor | None:
     """What `scalar` takes. The bits, because a float argument arrives on a GPU rounded to float32."""
-    if x is None or isinstance(x, Tensor):
-        return x
+    return x if x is None or isinstance(x, Tensor) else _bits(x)
+
+
+@lru_cache(maxsize=64)
+def _bits(x: float) -> int:
     bits: int = _INT64.unpack(_FLOAT64.pack(x))[0]
     return bits
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._reduce import fold, fold_tile
-from ._tile import NUM_WARPS, Part, accumulator, host_scalar, is_whole, keys, load, metas, part, place, scalar
+from ._tile import NUM_WARPS, Part, accumulator, first, host_scalar, is_whole, keys, load, metas, part, place, scalar
 from .elbo_bwd import elbo_bwd as elbo_bwd
 from .images import Images, image_pointers, image_tile
 from .latents import Latents, bounds_of, floored, kl_tile, latent_pointers
@@ -178,16 +178,22 @@ def _plan(of: Any, of_written: Any, constants: tuple[Any, ...], batch: int) -> _
     )
 
 
-def elbo_fwd(tensors: Any, written: Any, options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+def elbo_fwd(
+    tensors: Any, written: Any, options: Any, notes: dict[Any, Any]
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Return (loss, recon term, KL term, KL term under the floor, weights).
 
     weights: a snapshot of (recon_weight, beta) if one of them is a tensor, which may change before the backward pass.
-    written: buffers for recon_weight times the gradients of the recon term by recon and log_scale, or None.
+    written: buffers for recon_weight times the gradients of the recon term by recon and log_scale, or None; laid out
+        as these, or as memory allows.
+    notes: of calls whose tensors and constants are alike.
     """
     recon, target, log_scale, mu, logvar, prior_mu, prior_logvar, kl, mask = tensors
     drecon, dlog_scale = written.recon, written.log_scale
-    like = next(t for t in tensors if t is not None)
-    plan = _plan(keys(tensors), keys((drecon, dlog_scale)), options.constants, like.shape[0])
+    like = first(tensors)
+    kind = drecon is not None, dlog_scale is not None
+    if (plan := notes.get(kind)) is None:
+        plan = notes[kind] = _plan(keys(tensors), keys((drecon, dlog_scale)), options.constants, like.shape[0])
     new = like.new_empty
     recon_partials = None if plan.recon_sums is None else new(plan.recon_sums, dtype=plan.recon_dtype)
     kl_partials = kl if plan.kl_sums is None else new(plan.kl_sums, dtype=plan.kl_dtype)

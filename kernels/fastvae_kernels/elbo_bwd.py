@@ -15,6 +15,7 @@ from ._tile import (
     NUM_WARPS,
     ONE_TILE_EACH,
     Part,
+    first,
     host_scalar,
     is_whole,
     keys,
@@ -23,6 +24,7 @@ from ._tile import (
     part,
     place,
     scalar,
+    strides_of,
     triton_dtype,
 )
 from .images import Images, image_pointers, image_tile
@@ -238,6 +240,7 @@ def elbo_bwd(
     upstream: tuple[Tensor | None, ...],
     gradients: Any,
     options: Any,
+    notes: dict[Any, Any],
     *,
     holds_forward_gradient: bool,
 ) -> None:
@@ -249,14 +252,18 @@ def elbo_bwd(
     """
     recon, target, log_scale, mu, logvar, prior_mu, prior_logvar, _, mask = tensors
     drecon, dtarget, dlog_scale, dmu, dlogvar, dprior_mu, dprior_logvar, dkl, _ = gradients
-    plan = _plan(keys(tensors), keys(upstream), keys(gradients), options.constants, _MAX_IMAGE_PROGRAMS)
+    # a hook may bring saved tensors back with other strides
+    kind = strides_of((*tensors, *upstream, *gradients))
+    if (plan := notes.get(kind)) is None:
+        of = keys(tensors), keys(upstream), keys(gradients)
+        plan = notes[kind] = _plan(*of, options.constants, _MAX_IMAGE_PROGRAMS)
     if not plan.programs:
         return
     recon = drecon if recon is None else recon
     images = Images(recon, target, log_scale, mask, drecon, dtarget, dlog_scale)
     latents = Latents(mu, logvar, prior_mu, prior_logvar, dmu, dlogvar, dprior_mu, dprior_logvar)
     image, latent = plan.image, plan.latent
-    with torch.cuda.device_of(next(t for t in gradients if t is not None)):
+    with torch.cuda.device_of(first(gradients)):
         _elbo_bwd_kernel[(plan.programs,)](
             *(Upstream(*upstream), plan.strides, host_scalar(options.recon_weight), host_scalar(options.beta)),
             *plan.factors,

@@ -21,6 +21,7 @@ from ._tile import (
     layout,
     load,
     metas,
+    strides_of,
     tile,
     triton_dtype,
 )
@@ -189,7 +190,14 @@ def _plan(of: tuple[Any, ...], element_size: int, aligned: bool, by_sample: bool
 
 
 def reparam_kl_fwd(
-    mu: Tensor, logvar: Tensor, noise: Any, z: Tensor, logvar_clamp: tuple[float, float] | None, *, with_kl: bool
+    mu: Tensor,
+    logvar: Tensor,
+    noise: Any,
+    z: Tensor,
+    logvar_clamp: tuple[float, float] | None,
+    notes: dict[Any, Any],
+    *,
+    with_kl: bool,
 ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
     """Write z; return the KL of each sample (None unless asked for) and what the backward pass needs: nothing more.
 
@@ -197,7 +205,9 @@ def reparam_kl_fwd(
     """
     if mu.numel() == 0:
         return (mu.new_zeros(mu.shape[0], dtype=accumulator(mu, logvar)) if with_kl else None), ()
-    plan = _plan(keys((mu, logvar, z)), z.element_size(), noise.offset % 4 == 0, with_kl)
+    aligned = noise.offset % 4 == 0
+    if (plan := notes.get(aligned)) is None:
+        plan = notes[aligned] = _plan(keys((mu, logvar, z)), z.element_size(), aligned, with_kl)
     partials = mu.new_empty(plan.partials, dtype=plan.dtype) if with_kl else None
     low, high = logvar_clamp or (None, None)
     with torch.cuda.device_of(mu):
@@ -234,13 +244,18 @@ def reparam_kl_bwd(
     dlogvar: Tensor | None,
     noise: Any,
     logvar_clamp: tuple[float, float] | None,
+    notes: dict[Any, Any],
 ) -> None:
     """Write the gradients that are asked for: dmu = dz + dkl mu; dlogvar = (dz sigma noise + dkl expm1(logvar)) / 2."""
     if mu.numel() == 0:
         return
     dz = dz if dz is None or dz.ndim <= 5 else dz.contiguous()  # mu and logvar came so
-    of = keys((mu, logvar, dz, dmu, dlogvar))
-    plan = _plan(of, mu.element_size(), noise.offset % 4 == 0, dkl is not None)
+    aligned = noise.offset % 4 == 0
+    read_and_written = (mu, logvar, dz, dmu, dlogvar)
+    # a hook may bring saved tensors back with other strides
+    kind = aligned, dkl is None, None if dz is None else dz.dtype, strides_of(read_and_written)
+    if (plan := notes.get(kind)) is None:
+        plan = notes[kind] = _plan(keys(read_and_written), mu.element_size(), aligned, dkl is not None)
     low, high = logvar_clamp or (None, None)
     with torch.cuda.device_of(mu):
         _reparam_kl_bwd_kernel[(plan.programs,)](
