@@ -9,6 +9,7 @@ from unittest.mock import patch
 import torch
 
 import fastvae
+from fastvae import _calls
 
 from .cases import AUTOCAST, FP32, PHASES, Case, Trial, square
 from .comparison import OURS
@@ -30,9 +31,9 @@ def tiles(tile_bytes: int, num_warps: int, max_programs: int) -> Iterator[None]:
     modules = (_reduce, _tile, elbo, elbo_bwd, philox, reparam_kl)
     with ExitStack() as stack:
         stack.enter_context(patch.object(_tile, "_TILE_BYTES", tile_bytes))
-        for module in (elbo, elbo_bwd, reparam_kl):
-            module._plan.cache_clear()
-            stack.callback(module._plan.cache_clear)
+        for forget in (_calls.forget, *(module._plan.cache_clear for module in (elbo, elbo_bwd, reparam_kl))):
+            forget()
+            stack.callback(forget)
         for module in modules:
             stack.enter_context(patch.object(module, "NUM_WARPS", num_warps))
         # the forward launch; the backward one has a limit of its own

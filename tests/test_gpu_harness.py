@@ -4,11 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
+import fastvae
 from benchmarks import gpu, gpu_sweep, gpu_tests
 from benchmarks.cases import AUTOCAST, BF16, BYTES, FP16, FP32, OPS, PHASES, Case, Result, Trial, square
 from benchmarks.measure import Timings
@@ -91,7 +94,13 @@ def test_sweep_reaches_the_kernels():
     image = torch.empty(8, 1 << 12)
     images = _tile.metas(_tile.keys([image]))
     assert elbo.part(images, True, False).programs == image.numel() // usual.cols
+    loss = partial(fastvae.vae_loss, image, image, kl=torch.zeros(8))
+    with fastvae.use_backend("triton"):
+        loss()
     with gpu_sweep.tiles(8192, 8, 4):
+        with fastvae.use_backend("triton"), mock.patch.object(_tile, "tile", wraps=_tile.tile) as asked:
+            loss()
+        assert asked.called  # though such a call was made before
         assert elbo.NUM_WARPS == 8
         assert _tile.tile(8, 1 << 20, 4).cols == 2 * usual.cols
         assert elbo.part(images, True, False).programs == 4
