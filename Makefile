@@ -35,7 +35,9 @@ test: check ## everything that CI runs
 	TRITON_INTERPRET=0 $(PYTEST) -n auto -m compiled
 	$(PYTEST) benchmarks --benchmark-disable
 
+# a heap that keeps what is freed, where malloc is glibc's: else it is chance who of the peers gets fresh pages
 bench: $(STAMP) ## time fastvae against its peers on this machine
+	GLIBC_TUNABLES=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184 \
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
 gpu: ## on a machine with a GPU: all GPU tests, then timings, into benchmarks/results (PART=tests, bench, sweep or all)
