@@ -209,11 +209,15 @@ def test_fake_tensors(device):
         assert fastvae.philox_normal((2, 3), seed=1, device=device).shape == (2, 3)
 
 
-def test_meta_tensors():
-    mu, logvar = torch.empty(4, 5, device="meta"), torch.empty(4, 5, device="meta")
-    z, kl = fastvae.reparameterize_kl(mu, logvar, seed=1)
+@pytest.mark.parametrize("bounds", [None, (-1.0, 1.0)], ids=str)
+def test_meta_tensors(bounds):
+    """As on any device but a CPU, the fallback asks for no value."""
+    mu, logvar = (torch.empty(4, 5, device="meta", requires_grad=True) for _ in range(2))
+    z, kl = fastvae.reparameterize_kl(mu, logvar, seed=1, logvar_clamp=bounds)
     assert (z.shape, kl.shape) == ((4, 5), (4,))
-    assert fastvae.vae_loss(mu, mu, mu, logvar).loss.device.type == "meta"
+    loss = fastvae.vae_loss(z, mu.detach(), mu, logvar, logvar_clamp=bounds).loss
+    gradients = torch.autograd.grad([loss, kl], [mu, logvar], [torch.empty_like(loss), torch.empty_like(kl)])
+    assert {t.device.type for t in (loss, *gradients)} == {"meta"}
 
 
 OPERATORS = torch.ops.fastvae

@@ -59,7 +59,7 @@ def test_value_and_gradient_with_a_seed(backend, shape, dtype):
     check_against_oracle(mu, logvar, z, kl, fastvae.philox_normal(shape, seed=7))
 
 
-@pytest.mark.parametrize("bounds", [(-0.5, 0.75), (-30.0, 20.0)], ids=str)
+@pytest.mark.parametrize("bounds", [(-0.5, 0.75), (-30.0, 20.0), (-0.5, 20.0), (-30.0, 0.75)], ids=str)
 def test_clamped_logvar(backend, bounds):
     mu, logvar = gaussian((4, 300), torch.float32, spread=2.0)
     z, kl = fastvae.reparameterize_kl(mu, logvar, seed=1, logvar_clamp=bounds)

@@ -11,7 +11,23 @@ HALF = torch.tensor(0.5)
 
 
 def clamped(logvar: Tensor, bounds: Clamp | None) -> Tensor:
-    return logvar if bounds is None else logvar.clamp(*bounds)
+    return logvar if bounds is None or _all_inside(logvar, bounds) else logvar.clamp(*bounds)
+
+
+def zero_outside(gradient: Tensor, logvar: Tensor, bounds: Clamp | None) -> None:
+    """What a clamp makes of logvar's gradient, in place."""
+    if bounds is None or _all_inside(logvar, bounds):
+        return
+    logvar = logvar.to(compute_dtype(logvar))  # a comparison in 16 bits would round the bounds
+    gradient.masked_fill_((logvar < bounds[0]) | (logvar > bounds[1]), 0)
+
+
+def _all_inside(logvar: Tensor, bounds: Clamp) -> bool:
+    """Whether a clamp changes nothing, as is usual: to ask takes a tenth of what masks take. NaN is never inside."""
+    if logvar.device.type != "cpu" or logvar.numel() == 0:  # elsewhere the host would have to wait
+        return False
+    lowest, highest = torch.aminmax(logvar)
+    return bounds[0] <= lowest.item() and highest.item() <= bounds[1]
 
 
 def rows(per_sample: Tensor, like: Tensor) -> Tensor:
@@ -69,10 +85,7 @@ def kl_gradients(
         torch.mul(slope, -coefficient, out=gradients.prior_mu)
     if gradients.logvar is not None:
         torch.mul(expm1, coefficient * 0.5, out=gradients.logvar)
-        if options.logvar_clamp is not None:
-            low, high = options.logvar_clamp
-            raw_logvar = raw_logvar.to(dtype)  # a comparison in 16 bits would round the bounds
-            gradients.logvar.masked_fill_((raw_logvar < low) | (raw_logvar > high), 0)
+        zero_outside(gradients.logvar, raw_logvar, options.logvar_clamp)
     if gradients.prior_logvar is not None:
         torch.mul(torch.addcmul(expm1, mu, mu), coefficient * -0.5, out=gradients.prior_logvar)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .._options import Clamp, Noise, PhiloxNoise
 from ..reference import compute_dtype
-from .gaussian import HALF, clamped, kl_per_sample, rows
+from .gaussian import HALF, clamped, kl_per_sample, rows, zero_outside
 from .philox import philox_normal
 
 
@@ -68,9 +68,7 @@ def reparam_kl_bwd(
     if dlogvar is not None:
         spread, expm1 = saved[0], saved[1] if dkl is not None else None
         _combine(dz, spread, None if dkl is None else dkl * HALF, expm1, 0.5, dlogvar)
-        if logvar_clamp is not None:
-            logvar = logvar.to(dtype)  # a comparison in 16 bits would round the bounds
-            dlogvar.masked_fill_((logvar < logvar_clamp[0]) | (logvar > logvar_clamp[1]), 0)
+        zero_outside(dlogvar, logvar, logvar_clamp)
 
 
 def _combine(
