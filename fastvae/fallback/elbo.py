@@ -19,6 +19,7 @@ def elbo_fwd(
 
     weights: a snapshot of (recon_weight, beta) if one of them is a tensor, which may change before the backward pass.
     written: buffers for recon_weight times the gradients of the recon term by recon and log_scale, or None.
+    notes: the kernels', which plan their launches; here is nothing to plan.
     """
     dtype = compute_dtype(*tensors[:-1])
     like = next(t for t in tensors if t is not None)

@@ -21,7 +21,10 @@ def reparam_kl_fwd(
     *,
     with_kl: bool,
 ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
-    """Write z; return the KL of each sample (None unless asked for) and what the backward pass needs."""
+    """Write z; return the KL of each sample (None unless asked for) and what the backward pass needs.
+
+    notes: the kernels', which plan their launches; here is nothing to plan.
+    """
     dtype = compute_dtype(mu, logvar)
     logvar = clamped(logvar.to(dtype), logvar_clamp)
     if isinstance(noise, PhiloxNoise):

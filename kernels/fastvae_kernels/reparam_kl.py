@@ -202,6 +202,7 @@ def reparam_kl_fwd(
     """Write z; return the KL of each sample (None unless asked for) and what the backward pass needs: nothing more.
 
     noise: has .seed (int64 or tensor of one) and .offset.
+    notes: of calls whose tensors and options are alike.
     """
     if mu.numel() == 0:
         return (mu.new_zeros(mu.shape[0], dtype=accumulator(mu, logvar)) if with_kl else None), ()
