@@ -76,6 +76,16 @@ def test_clamp_passes_the_gradient_at_its_bounds_and_keeps_nan(backend):
     assert logvar.grad[0, 3].isnan()
 
 
+def test_a_clamp_of_float32_beside_float64_is_float64s(backend):
+    """0.1 in float32 is above 0.1: it was clamped, and so has no gradient."""
+    mu, logvar = torch.ones(1, 1, dtype=torch.float64), torch.full((1, 1), 0.1, requires_grad=True)
+    for kl in (
+        fastvae.reparameterize_kl(mu, logvar, seed=1, logvar_clamp=(-1.0, 0.1))[1],
+        fastvae.gaussian_kl(mu, logvar, logvar_clamp=(-1.0, 0.1)),
+    ):
+        assert torch.autograd.grad(kl.sum(), logvar)[0] == 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_kl_does_not_cancel_near_the_prior(backend, dtype):
     mu = torch.full((1, 128), 0.01, dtype=dtype)

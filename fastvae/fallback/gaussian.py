@@ -14,11 +14,11 @@ def clamped(logvar: Tensor, bounds: Clamp | None) -> Tensor:
     return logvar if bounds is None or _all_inside(logvar, bounds) else logvar.clamp(*bounds)
 
 
-def zero_outside(gradient: Tensor, logvar: Tensor, bounds: Clamp | None) -> None:
-    """What a clamp makes of logvar's gradient, in place."""
+def zero_outside(gradient: Tensor, logvar: Tensor, bounds: Clamp | None, dtype: torch.dtype) -> None:
+    """What a clamp in `dtype` makes of logvar's gradient, in place."""
     if bounds is None or _all_inside(logvar, bounds):
         return
-    logvar = logvar.to(compute_dtype(logvar))  # a comparison in 16 bits would round the bounds
+    logvar = logvar.to(dtype)  # a comparison in 16 bits would round the bounds
     gradient.masked_fill_((logvar < bounds[0]) | (logvar > bounds[1]), 0)
 
 
@@ -85,7 +85,7 @@ def kl_gradients(
         torch.mul(slope, -coefficient, out=gradients.prior_mu)
     if gradients.logvar is not None:
         torch.mul(expm1, coefficient * 0.5, out=gradients.logvar)
-        zero_outside(gradients.logvar, raw_logvar, options.logvar_clamp)
+        zero_outside(gradients.logvar, raw_logvar, options.logvar_clamp, dtype)
     if gradients.prior_logvar is not None:
         torch.mul(torch.addcmul(expm1, mu, mu), coefficient * -0.5, out=gradients.prior_logvar)
 

@@ -71,7 +71,7 @@ def reparam_kl_bwd(
     if dlogvar is not None:
         spread, expm1 = saved[0], saved[1] if dkl is not None else None
         _combine(dz, spread, None if dkl is None else dkl * HALF, expm1, 0.5, dlogvar)
-        zero_outside(dlogvar, logvar, logvar_clamp)
+        zero_outside(dlogvar, logvar, logvar_clamp, dtype)
 
 
 def _combine(
