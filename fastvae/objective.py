@@ -65,11 +65,9 @@ def objective(
     options = ElboOptions(beta, recon_weight, *constants, images.likelihood.error, floor, one_pass, inplace)
     if by_sample:
         return _by_sample(images, scale, latents, tensors, options)
-    site = None
     if call is not None:
-        site = site_of(tensors)
-        _calls.remember(call, KnownLoss(site, options[2:]), tensors)
-    return VAELossTerms(*_op(tensors, options, site)[:3])
+        _calls.remember(call, KnownLoss(site_of(tensors), options[2:]), tensors)
+    return VAELossTerms(*_op(tensors, options)[:3])
 
 
 def _linear(images: Images, scale: Scale) -> tuple[float, float]:
@@ -200,10 +198,8 @@ def _beyond_capacity(latents: Latents, term: Tensor) -> Tensor:
     return (term - latents.capacity.nats * (latents.normalizer * latents.batch)).abs()
 
 
-def _op(
-    tensors: ElboTensors, options: ElboOptions, site: Site | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def _op(tensors: ElboTensors, options: ElboOptions) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(loss, recon term, KL term, KL term under the floor)."""
     if torch.compiler.is_compiling():  # the compiler fuses the plain formula with its neighbours
         return reference.elbo(tensors, options)
-    return elbo(tensors, options, site)
+    return elbo(tensors, options)

@@ -31,14 +31,13 @@ def sample(
     site: Site | None = _calls.recall(call)
     if site is None:
         _checks.gaussian(mu, logvar)
-    _checks.noise_source(mu, generator, seed, offset)
-    if site is None:
         bounds = _checks.logvar_clamp(logvar_clamp)
         if torch.compiler.is_compiling() or _registered.is_watched(mu):
             return _traced(mu, logvar, generator, seed, offset, bounds, with_kl=with_kl)
         site = Site(_backend.room_of(mu, "reparam_kl"), dim, bounds, with_kl, {})
         first, second = readable(first), None if second is None else readable(second)
         _calls.remember(call, site, (mu, logvar))
+    _checks.noise_source(mu, generator, seed, offset)
     drawn = seed is None and site.room is _backend.room("torch", "reparam_kl")
     noise = _drawn(mu, generator) if drawn else _philox_noise(mu, generator, seed, offset)
     z, kl = ReparamKLFunction.apply(site, noise, first, second)  # type: ignore[no-untyped-call]
@@ -55,6 +54,7 @@ def _traced(
     *,
     with_kl: bool,
 ) -> tuple[Tensor, Tensor | None]:
+    _checks.noise_source(mu, generator, seed, offset)
     if generator is not None:
         _checks.fail(
             "generator cannot be given while torch traces (torch.compile, torch.export, fake tensors); got one. Pass "

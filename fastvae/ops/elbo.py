@@ -43,10 +43,10 @@ def site_of(tensors: ElboTensors) -> Site:
     return Site(room, places, placed, {})
 
 
-def elbo(tensors: ElboTensors, options: ElboOptions, site: Site | None = None) -> Terms:
+def elbo(tensors: ElboTensors, options: ElboOptions) -> Terms:
     """(loss, recon term, KL term, KL term under the floor or None), differentiable in every tensor and weight."""
     present = [readable(t) for t in tensors if t is not None]
-    return elbo_at(site or site_of(tensors), options, *present)
+    return elbo_at(site_of(tensors), options, *present)
 
 
 def elbo_at(site: Site, options: ElboOptions, *present: Tensor) -> Terms:
@@ -55,8 +55,8 @@ def elbo_at(site: Site, options: ElboOptions, *present: Tensor) -> Terms:
     if not torch.is_grad_enabled() and forward_ad._current_level < 0:  # no node of a graph is needed
         terms = site.room.elbo_fwd(_placed(site, present), _NOTHING, options, site.notes)[:4]
     else:
-        weights = [w for w in (options.beta, options.recon_weight) if isinstance(w, Tensor)]
-        terms = ElboFunction.apply((site, options), *present, *weights)  # type: ignore[no-untyped-call]
+        weights = _tensor_weights(options)
+        terms = ElboFunction.apply((site, options), *present, *weights.values())  # type: ignore[no-untyped-call]
     return terms
 
 
@@ -104,7 +104,7 @@ class ElboFunction(torch.autograd.Function):
         drecon, dlog_scale, *terms = saved[n_present:]
         weights: dict[str, Tensor | None] = {}  # those that are tensors
         if terms:  # whatever became of them since
-            weights = dict(zip(_weights_of(options), terms[3:], strict=True))
+            weights = dict(zip(_tensor_weights(options), terms[3:], strict=True))
             seen = {"recon_weight": terms[0][0], "beta": terms[0][1]}
             options = options._replace(**{name: seen[name] for name in weights})
         if ctx.inplace and (torch.is_grad_enabled() or not ctx.holds_forward_gradient):
@@ -147,9 +147,10 @@ class ElboFunction(torch.autograd.Function):
         return None, *gradients
 
 
-def _weights_of(options: ElboOptions) -> list[str]:
-    """Names of the weights that are tensors."""
-    return [name for name in ("beta", "recon_weight") if isinstance(getattr(options, name), Tensor)]
+def _tensor_weights(options: ElboOptions) -> dict[str, Tensor]:
+    """Those that autograd has to see, in their order behind the op's tensors."""
+    weights = ("beta", options.beta), ("recon_weight", options.recon_weight)
+    return {name: weight for name, weight in weights if isinstance(weight, Tensor)}
 
 
 def _written_forward(tensors: ElboTensors, wanted: Sequence[bool], options: ElboOptions) -> ElboTensors:
