@@ -1,4 +1,4 @@
-"""Who computes: the Triton kernels or the PyTorch fallback. The only place that chooses."""
+"""The choice between the Triton kernels and the PyTorch fallback."""
 
 import importlib
 import os
@@ -8,15 +8,14 @@ from contextvars import ContextVar
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
 
 Backend = Literal["auto", "triton", "torch"]
 BACKENDS = get_args(Backend)
 
-_ROOMS = {"triton": "fastvae_kernels", "torch": "fastvae.fallback"}
+_PACKAGES = {"triton": "fastvae_kernels", "torch": "fastvae.fallback"}
 # set_backend is for the whole process, threads of the autograd engine included; use_backend for one context
 _process_choice: str | None = None
 _context_choice: ContextVar[str | None] = ContextVar("fastvae_backend", default=None)
@@ -29,7 +28,7 @@ def _checked(name: str, source: str) -> str:
 
 
 def set_backend(name: Backend) -> None:
-    """Choose who computes in the whole process.
+    """Choose the backend in the whole process.
 
     Args:
         name: "auto" (Triton on a GPU that Triton supports, PyTorch elsewhere; decided per tensor), "triton", "torch".
@@ -44,7 +43,7 @@ def set_backend(name: Backend) -> None:
 
 @contextmanager
 def use_backend(name: Backend) -> Iterator[None]:
-    """Choose who computes inside a `with` block, in this thread; arguments and errors as `set_backend`.
+    """Choose the backend inside a `with` block, in this thread; arguments and errors as `set_backend`.
 
     The backward pass runs on the backend that ran the forward pass, wherever it is called.
     """
@@ -81,8 +80,8 @@ def _triton_obstacle(device_type: str, index: int | None) -> str | None:
     return None
 
 
-def backend_of(tensor: Tensor) -> str:
-    """ "triton" or "torch": who computes for this tensor.
+def backend_of(tensor: Any) -> str:
+    """ "triton" or "torch": which backend serves this tensor (or `TensorMeta`).
 
     Raises:
         RuntimeError: "triton" was asked for and cannot run on the tensor's device.
@@ -101,14 +100,14 @@ def backend_of(tensor: Tensor) -> str:
 
 
 @cache
-def room(backend: str, op: str) -> ModuleType:
-    """The module that computes `op` on `backend`. Triton is imported here, at the first use of a kernel."""
-    return importlib.import_module(f"{_ROOMS[backend]}.{op}")
+def load_backend(backend: str, op: str) -> ModuleType:
+    """The module of a backend that computes `op`. Triton is imported here, at the first use of a kernel."""
+    return importlib.import_module(f"{_PACKAGES[backend]}.{op}")
 
 
-def room_of(tensor: Tensor, op: str) -> ModuleType:
+def backend_module(tensor: Any, op: str) -> ModuleType:
     """The module that computes `op` for this tensor; errors as `backend_of`."""
-    return room(backend_of(tensor), op)
+    return load_backend(backend_of(tensor), op)
 
 
 def explain(device: torch.device | str) -> str:

@@ -8,7 +8,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ._options import Clamp
+from fastvae_kernels.types import Clamp, ElboNumbers, ElboOptions, ElboTensors, TensorMeta
+
 from ._strides import is_dense
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -28,6 +29,11 @@ def choice(name: str, value: object, known: Iterable[str]) -> None:
     raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}.{hint}")
 
 
+def reduction(value: str) -> str:
+    choice("reduction", value, REDUCTIONS)
+    return value
+
+
 def reductions(reduction: str, recon_reduction: str | None, kl_reduction: str | None) -> tuple[str, str]:
     """The reductions of the two terms."""
     both = (recon_reduction or reduction, kl_reduction or reduction)
@@ -43,7 +49,7 @@ def reductions(reduction: str, recon_reduction: str | None, kl_reduction: str | 
 
 
 def float_tensor(name: str, tensor: object, *, also: tuple[torch.dtype, ...] = ()) -> None:
-    if not isinstance(tensor, Tensor):
+    if not isinstance(tensor, Tensor | TensorMeta):
         raise TypeError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}. Convert it with torch.as_tensor.")
     if tensor.dtype not in FLOATS and tensor.dtype not in also:
         raise TypeError(
@@ -54,7 +60,7 @@ def float_tensor(name: str, tensor: object, *, also: tuple[torch.dtype, ...] = (
         raise ValueError(
             f"{name} must have a batch dimension, [B, ...]; got a 0-dimensional tensor. Pass {name}.reshape(1)."
         )
-    if tensor.layout != torch.strided:
+    if isinstance(tensor, Tensor) and tensor.layout != torch.strided:
         raise ValueError(f"{name} must be a dense tensor; got layout {tensor.layout}. Pass {name}.to_dense().")
 
 
@@ -148,9 +154,9 @@ def expanded(name: str, tensor: Tensor, other: str, like: Tensor) -> Tensor:
 def mask(value: object, recon: Tensor) -> Tensor:
     """`value` in the shape of recon."""
     if not isinstance(value, Tensor) or value.dtype != torch.bool:
-        came = _names([value.dtype]) if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"mask must be a bool tensor; got {came}. Compare, for example mask > 0.5.")
-    return expanded("mask", value, "recon", recon)
+        passed = _names([value.dtype]) if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"mask must be a bool tensor; got {passed}. Compare, for example mask > 0.5.")
+    return value if value.shape == recon.shape else expanded("mask", value, "recon", recon)
 
 
 def prior(value: Any, mu: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,10 +170,9 @@ def prior(value: Any, mu: Tensor) -> tuple[Tensor, Tensor]:
     return expanded("prior's mu", value[0], "mu", mu), expanded("prior's logvar", value[1], "mu", mu)
 
 
-def one_a_sample(name: str, tensor: object, like: Tensor) -> None:
+def per_sample(name: str, tensor: Any, like: Any) -> None:
     """weight, extra, kl: [B]."""
     float_tensor(name, tensor)
-    assert isinstance(tensor, Tensor)
     if tensor.shape != like.shape[:1]:
         fail(
             f"{name} must have shape [B] = ({like.shape[0]},), one value a sample; got {tuple(tensor.shape)}. "
@@ -176,24 +181,38 @@ def one_a_sample(name: str, tensor: object, like: Tensor) -> None:
     same_device(name, tensor, "the inputs", like)
 
 
-def posterior(recon: Tensor, mu: Tensor | None, logvar: Tensor | None, kl: Tensor | None, kl_reduction: str) -> None:
-    """What a loss is told of the posterior: mu and logvar, or kl."""
-    if kl is None:
-        if mu is None or logvar is None:
-            fail(
-                "the KL needs mu and logvar, or kl=; got neither. For a reconstruction alone, call reconstruction_loss."
-            )
-        gaussian(mu, logvar)
+def loss_inputs(tensors: ElboTensors, numbers: ElboNumbers, spec: Any) -> None:
+    """Tensors (or metas) and options of a loss, `LossSpec`, before anything is computed."""
+    both = reductions(spec.recon_reduction, spec.recon_reduction, spec.kl_reduction)
+    like = tensors.recon
+    if spec.likelihood is not None:
+        images(tensors.recon, tensors.target)
+        if tensors.kl is not None:
+            per_sample("kl", tensors.kl, tensors.recon)
+        elif tensors.mu is not None or tensors.logvar is not None:
+            posterior(tensors.recon, tensors.mu, tensors.logvar)
     else:
-        one_a_sample("kl", kl, recon)
-        if logvar is not None:
-            fail("kl= replaces logvar; got both. Pass one of them (mu may stay, for its element count).")
-        if mu is None:
-            if kl_reduction == "mean":
-                fail('kl_reduction="mean" divides by the number of latents, which kl= does not tell. Pass mu too.')
-            return
-        float_tensor("mu", mu)
+        gaussian(tensors.mu, tensors.logvar)
+        like = tensors.mu
+    for name in ("weight", "extra"):
+        if getattr(tensors, name) is not None:
+            per_sample(name, getattr(tensors, name), like)
+    for name, number in zip(numbers._fields, numbers, strict=True):
+        if isinstance(number, Tensor | TensorMeta):
+            same_device(name, number, "the inputs", like)
+    mask_normalize = spec.likelihood is not None and spec.likelihood.mask_normalize
+    defined(spec.free_bits, spec.capacity_mode, mask_normalize, both)
+
+
+def posterior(recon: Any, mu: Any, logvar: Any) -> None:
+    if mu is None or logvar is None:
+        fail("the KL needs mu and logvar, or kl=; got neither. For a reconstruction alone, call reconstruction_loss.")
+    gaussian(mu, logvar)
     same_device("recon", recon, "mu", mu)
+    same_batch(recon, mu)
+
+
+def same_batch(recon: Any, mu: Any) -> None:
     if mu.shape[0] != recon.shape[0]:
         fail(
             f"recon and mu must have one batch size; got {recon.shape[0]} and {mu.shape[0]}. Repeat one of them for "
@@ -201,26 +220,38 @@ def posterior(recon: Tensor, mu: Tensor | None, logvar: Tensor | None, kl: Tenso
         )
 
 
-def measured(**per_element: object) -> None:
-    """kl= is a sum already: options that act on its elements are not there."""
-    for name, value in per_element.items():
+def kl_given(
+    recon: Any, mu: Any, logvar: Any, prior: object, logvar_clamp: object, free_bits: Any, kl_reduction: str
+) -> None:
+    """kl= is a sum over each sample: what acts on its elements cannot be given beside it."""
+    if logvar is not None:
+        fail("Drop logvar: kl= replaces it, and both were passed. mu may stay, for its element count.")
+    if getattr(free_bits, "mode", None) == "sample":
+        free_bits = None
+    for name, value in (("logvar_clamp", logvar_clamp), ("prior", prior), ("free_bits", free_bits)):
         if value is not None:
             fail(f"{name} cannot act on kl=, which is already measured. Pass mu and logvar instead.")
+    if mu is not None:
+        float_tensor("mu", mu)
+        float_tensor("recon", recon)
+        same_device("recon", recon, "mu", mu)
+        same_batch(recon, mu)
+    elif kl_reduction == "mean":
+        fail('kl_reduction="mean" divides by the number of latents, which kl= does not tell. Pass mu too.')
 
 
-def weight(name: str, value: object, like: Tensor) -> None:
-    """beta, recon_weight: a float or a 0-dimensional tensor on the inputs' device."""
-    if type(value) is float:
-        return
+def weight(name: str, value: Any) -> float | Tensor:
+    """beta, recon_weight, capacity: a float or a 0-dimensional tensor."""
     if isinstance(value, Tensor):
         if value.ndim != 0 or not value.is_floating_point():
-            raise ValueError(
+            fail(
                 f"{name} must be a float or a 0-dimensional floating point tensor; got {_names([value.dtype])} "
                 f"of shape {tuple(value.shape)}. Pass one value."
             )
-        same_device(name, value, "the inputs", like)
-    elif isinstance(value, bool) or not isinstance(value, int | float):
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a float or a 0-dimensional tensor; got {type(value).__name__}.")
+    return float(value)
 
 
 def regularizers(free_bits: Any, free_bits_type: type, capacity: Any, capacity_type: type) -> None:
@@ -232,7 +263,7 @@ def regularizers(free_bits: Any, free_bits_type: type, capacity: Any, capacity_t
             )
 
 
-def defined(free_bits: Any, capacity: Any, mask_normalize: bool, reductions: tuple[str, str]) -> None:
+def defined(free_bits: Any, capacity_mode: str | None, mask_normalize: bool, reductions: tuple[str, str]) -> None:
     """Options that others leave without a meaning."""
     recon_reduction, kl_reduction = reductions
     if mask_normalize and recon_reduction in ("sum", "none"):
@@ -240,12 +271,12 @@ def defined(free_bits: Any, capacity: Any, mask_normalize: bool, reductions: tup
             "mask_normalize divides by the mask's sum in place of another number, and "
             f'recon_reduction="{recon_reduction}" divides by none. Use "batchmean" or "mean".'
         )
-    if free_bits is None and capacity is None:
+    if free_bits is None and capacity_mode is None:
         return
     of_batch = free_bits is not None and free_bits.mode == "dim_batch"
-    if of_batch and capacity is not None and capacity.mode == "sample":
+    if of_batch and capacity_mode == "sample":
         fail('a capacity of each sample has no meaning after free bits of the batch. Use Capacity(..., mode="batch").')
-    for option, whole in (("free_bits", of_batch), ("capacity", capacity is not None and capacity.mode == "batch")):
+    for option, whole in (("free_bits", of_batch), ("capacity", capacity_mode == "batch")):
         if whole and kl_reduction == "none":
             fail(f'{option} of the batch has no value per sample; got kl_reduction="none". Choose another mode.')
 
@@ -258,7 +289,7 @@ def overwritable(recon: Tensor, target: Tensor, recon_weight: object, one_pass: 
         fail("inplace=True overwrites recon, which must not be a leaf; got one. Pass a decoder's output.")
     if not is_dense(recon):
         fail(f"inplace=True needs recon to fill its memory; got strides {recon.stride()}. Pass recon.contiguous().")
-    if not one_pass or not one_pass_is_right(recon, target.requires_grad, recon_weight):
+    if not one_pass or recon.dtype == torch.float16 or target.requires_grad or not _is_nonzero_float(recon_weight):
         fail(
             "inplace=True needs one_pass=True, a recon that is not float16, a target without gradient and a "
             f"recon_weight that is a float other than 0; got one_pass={one_pass}, {_names([recon.dtype])}, "
@@ -266,18 +297,20 @@ def overwritable(recon: Tensor, target: Tensor, recon_weight: object, one_pass: 
         )
 
 
-def one_pass_is_right(recon: Tensor, target_wants_gradient: bool, recon_weight: object) -> bool:
-    """Whether the forward pass may write recon's gradient.
+def _is_nonzero_float(number: object) -> bool:
+    return not isinstance(number, Tensor) and number != 0
 
-    Not in float16, where an unscaled gradient underflows before a loss scaler can help; not under a weight that is 0 or
-    lives on the device, because the backward pass divides by it; not for two gradients at once.
+
+def one_pass_is_right(tensors: ElboTensors, numbers: ElboNumbers, options: ElboOptions) -> bool:
+    """Whether the forward pass may write recon's gradient, given metas.
+
+    Not in float16, where an unscaled gradient underflows before a loss scaler can help; not under a weight or a
+    normalizer that is known on the device alone; not for several gradients at once.
     """
-    return (
-        recon.dtype != torch.float16
-        and not target_wants_gradient
-        and not isinstance(recon_weight, Tensor)
-        and recon_weight != 0
-    )
+    extra_map = tensors.extra_map is not None and tensors.extra_map.requires_grad
+    one_gradient = not tensors.target.requires_grad and not extra_map
+    known = numbers.recon_weight is None and not options.mask_normalize
+    return tensors.recon.dtype != torch.float16 and one_gradient and known
 
 
 def at_least_one(name: str, value: object) -> int:

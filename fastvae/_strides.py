@@ -1,12 +1,18 @@
 """What a tensor's strides allow."""
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
+_MAX_DIMS = 5  # that kernels read in place, whatever their strides
 
-def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill one stretch of memory, in whatever order of dimensions, each place once."""
+
+def is_dense(tensor: Any) -> bool:
+    """Whether the elements of a tensor (or of a `TensorMeta`) fill one stretch of memory, each place once."""
+    strides = tensor.stride() if isinstance(tensor, Tensor) else tensor.strides
     expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+    for stride, size in sorted(zip(strides, tensor.shape, strict=True)):
         if size != 1:
             if stride != expected:
                 return False
@@ -14,7 +20,21 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
+def needs_copy(meta: Any) -> bool:
+    """Whether a tensor of this meta cannot be read in place: its negation is still to be done, its dimensions are too
+    many, or it holds one value per sample in strides.
+    """
+    return meta.negated or meta.ndim > _MAX_DIMS or (meta.ndim == 1 and meta.shape[0] > 1 and meta.strides[0] != 1)
+
+
 def readable(tensor: Tensor) -> Tensor:
-    """What kernels read in place: up to five dimensions, whatever their strides, and no negation that torch put off."""
+    """The tensor, or a copy that can be read in place."""
     tensor = tensor.resolve_neg()
-    return tensor if tensor.ndim <= 5 else tensor.contiguous()
+    return tensor.contiguous() if tensor.ndim == 1 or tensor.ndim > _MAX_DIMS else tensor
+
+
+def with_strides(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """The tensor, or a copy with these strides. A saved-tensor hook may have brought it back with others."""
+    if tensor.stride() == strides:
+        return tensor
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)

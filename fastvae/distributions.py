@@ -5,8 +5,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from fastvae_kernels.types import Clamp
+
 from . import _checks, functional, reference, sampling
-from ._options import Clamp
 
 
 class DiagonalGaussian:

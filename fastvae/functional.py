@@ -1,20 +1,30 @@
-"""The public functions: what they mean, and whether what came makes sense."""
+"""The public functions."""
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import _calls, _checks, likelihoods
-from ._options import Clamp
-from .likelihoods import Likelihood
-from .objective import KnownLoss, objective
-from .objective import VAELossTerms as VAELossTerms
+from fastvae_kernels.types import Clamp, ElboNumbers, ElboTensors
+
+from . import _checks, likelihoods
+from .likelihoods import SPECS, Likelihood, Resolved
+from .ops.batch_terms import elbo_with_batch_terms
+from .ops.elbo import elbo
+from .ops.plan import LossSpec
 from .regularizers import Capacity, FreeBits
 from .sampling import philox, sample
-from .terms import Images, Latents
 
 Prior = tuple[Tensor, Tensor]
+
+
+class VAELossTerms(NamedTuple):
+    """The loss of a VAE and its terms; each is differentiable on its own."""
+
+    loss: Tensor
+    recon: Tensor
+    kl: Tensor
 
 
 def reparameterize(
@@ -105,16 +115,10 @@ def gaussian_kl(
 
     Source: Kingma & Welling, arXiv:1312.6114, appendix B.
     """
-    _checks.gaussian(mu, logvar)
-    _checks.choice("reduction", reduction, _checks.REDUCTIONS)
-    latents = Latents(
-        reduction,
-        mu,
-        logvar,
-        prior=None if prior is None else _checks.prior(prior, mu),
-        logvar_clamp=_checks.logvar_clamp(logvar_clamp),
-    )
-    return objective(None, latents).kl
+    prior_mu, prior_logvar = _prior(prior, mu)
+    tensors = ElboTensors(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar)
+    spec = LossSpec(None, _checks.reduction(reduction), reduction, _checks.logvar_clamp(logvar_clamp))
+    return elbo(tensors, ElboNumbers(), spec)[2]
 
 
 def reconstruction_loss(
@@ -143,10 +147,11 @@ def reconstruction_loss(
         ValueError: shapes or devices differ; unknown likelihood or reduction; mask_normalize without a normaliser.
         TypeError: not a floating point tensor (or uint8, for `target`); a mask that is not bool.
     """
-    _checks.choice("reduction", reduction, _checks.REDUCTIONS)
-    images = _images(recon, target, likelihood, reduction, weight, mask, extra)
-    _checks.defined(None, None, images.likelihood.mask_normalize, (reduction, reduction))
-    return objective(images, None).recon
+    resolved = _resolve(likelihood, recon, target)
+    tensors = _with_images(ElboTensors(), resolved, recon, target, weight, mask, extra)
+    spec = LossSpec(resolved.spec, _checks.reduction(reduction), reduction, one_pass=True)
+    function = elbo_with_batch_terms if resolved.spec.optimal_scale else elbo
+    return function(tensors, ElboNumbers(), spec)[1]
 
 
 def vae_loss(
@@ -225,64 +230,74 @@ def vae_loss(
 
     Source: Kingma & Welling, arXiv:1312.6114, eq. 10; beta: Higgins et al., beta-VAE, ICLR 2017.
     """
-    call = None
-    usual = weight is None and mask is None and extra is None and free_bits is None and capacity is None
-    if usual and prior is None and not inplace and type(likelihood) is str:
-        options = (likelihood, reduction, recon_reduction, kl_reduction, logvar_clamp, one_pass)
-        call = _calls.signature((recon, target, mu, logvar, kl), *options)
-        known: KnownLoss | None = _calls.recall(call)
-        if known is not None:
-            _checks.weight("beta", beta, recon)
-            _checks.weight("recon_weight", recon_weight, recon)
-            return known(beta, recon_weight, recon, target, *((mu, logvar) if kl is None else (kl,)))
-    reductions = _checks.reductions(reduction, recon_reduction, kl_reduction)
-    images = _images(recon, target, likelihood, reductions[0], weight, mask, extra)
-    _checks.weight("beta", beta, recon)
-    _checks.weight("recon_weight", recon_weight, recon)
-    _checks.posterior(recon, mu, logvar, kl, reductions[1])
-    if free_bits is not None or capacity is not None:
-        _checks.regularizers(free_bits, FreeBits, capacity, Capacity)
-        if capacity is not None:
-            _checks.weight("capacity", capacity.nats, recon)
+    n_latents = None
     if kl is not None:
-        by_dimension = None if free_bits is None or free_bits.mode == "sample" else free_bits
-        _checks.measured(logvar_clamp=logvar_clamp, prior=prior, free_bits=by_dimension)
-    _checks.defined(free_bits, capacity, images.likelihood.mask_normalize, reductions)
+        _checks.kl_given(recon, mu, logvar, prior, logvar_clamp, free_bits, kl_reduction or reduction)
+        n_latents, mu = None if mu is None else mu.numel(), None
     if inplace:
         _checks.overwritable(recon, target, recon_weight, one_pass)
-    latents = Latents(
-        reductions[1],
-        mu,
-        logvar,
-        kl,
-        None if prior is None or mu is None else _checks.prior(prior, mu),
-        _checks.logvar_clamp(logvar_clamp),
+    if free_bits is not None or capacity is not None:
+        _checks.regularizers(free_bits, FreeBits, capacity, Capacity)
+    resolved = _resolve(likelihood, recon, target)
+    spec = LossSpec(
+        resolved.spec,
+        recon_reduction or reduction,
+        kl_reduction or reduction,
+        None if logvar_clamp is None else _checks.logvar_clamp(logvar_clamp),
         free_bits,
-        capacity,
-        weight,
+        None if capacity is None else capacity.mode,
+        one_pass,
+        inplace,
+        n_latents,
     )
-    return objective(
-        images, latents, beta=beta, recon_weight=recon_weight, one_pass=one_pass, inplace=inplace, call=call
+    numbers = ElboNumbers(
+        beta if type(beta) is float else _checks.weight("beta", beta),
+        recon_weight if type(recon_weight) is float else _checks.weight("recon_weight", recon_weight),
+        None if capacity is None else _checks.weight("capacity", capacity.nats),
     )
+    prior_mu, prior_logvar = (None, None) if prior is None else _prior(prior, mu)
+    latents = ElboTensors(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar, kl=kl)
+    tensors = _with_images(latents, resolved, recon, target, weight, mask, extra)
+    of_batch = resolved.spec.optimal_scale or (free_bits is not None and free_bits.mode == "dim_batch")
+    return VAELossTerms(*(elbo_with_batch_terms if of_batch else elbo)(tensors, numbers, spec))
 
 
-def _images(
+def _resolve(likelihood: str | Likelihood, recon: Tensor, target: Tensor) -> Resolved:
+    spec = SPECS.get(likelihood) if isinstance(likelihood, str) else None
+    if spec is not None:
+        return Resolved(spec)
+    return likelihoods.resolve_scale(likelihoods.resolve(likelihood), recon, target)
+
+
+def _with_images(
+    latents: ElboTensors,
+    resolved: Resolved,
     recon: Tensor,
     target: Tensor,
-    likelihood: str | Likelihood,
-    reduction: str,
     weight: Tensor | None,
     mask: Tensor | None,
     extra: Tensor | None,
-) -> Images:
-    _checks.images(recon, target)
-    if weight is not None:
-        _checks.one_a_sample("weight", weight, recon)
-    if extra is not None:
-        _checks.one_a_sample("extra", extra, recon)
-    if mask is not None:
-        mask = _checks.mask(mask, recon)
-    return Images(recon, target, likelihoods.resolve(likelihood), reduction, weight, mask, extra)
+) -> ElboTensors:
+    extra_map = None
+    if extra is not None and resolved.log_scale is not None:  # divided by a scale that each element has
+        _checks.per_sample("extra", extra, recon)
+        extra_map = extra if resolved.folded_factor == 1 else extra / resolved.folded_factor
+        extra_map, extra = extra_map.reshape(-1, *[1] * (recon.ndim - 1)).expand(recon.shape), None
+    return latents._replace(
+        recon=recon,
+        target=target,
+        log_scale=resolved.log_scale,
+        extra_map=extra_map,
+        mask=None if mask is None else _checks.mask(mask, recon),
+        weight=weight,
+        extra=extra,
+        sample_log_scale=resolved.sample_log_scale,
+    )
+
+
+def _prior(prior: Any, mu: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """(mu, logvar) of the prior in the shape of the posterior's."""
+    return (None, None) if prior is None or mu is None else _checks.prior(prior, mu)
 
 
 def philox_normal(

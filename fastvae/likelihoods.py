@@ -5,16 +5,28 @@ e is the error of one element, x' the reconstruction, x the target; a loss adds 
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from . import _checks
-from ._options import ErrorOptions
-from .reference import BYTE_SCALE
+from fastvae_kernels.types import ErrorOptions
 
-Number = TypeVar("Number", float, Tensor)
+from . import _checks
+from .reference import BYTE_SCALE, compute_dtype, soft_lower_bound
+
+
+class LikelihoodSpec(NamedTuple):
+    """A likelihood without its tensors; hashable. See `ElboOptions` for what is computed of it."""
+
+    error: ErrorOptions
+    factor: float = 1.0  # on the error
+    mask_normalize: bool = False
+    nll_weight: float = 1.0
+    constant: float = 0.0
+    softclip: float | None = None
+    log_scale: float = 0.0  # if it is fixed
+    optimal_scale: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +47,10 @@ class Elementwise:
     def error(self) -> ErrorOptions:
         """The pair of functions that the backends hold, and its constants."""
         return ErrorOptions(self._pair, self._parameter, self.target_scale, self.target_shift)
+
+    @property
+    def spec(self) -> LikelihoodSpec:
+        return LikelihoodSpec(self.error, float(self.factor), self.mask_normalize)
 
     # plain class variables and properties: dynamo traces no super() in a property
     _pair: ClassVar[Any]
@@ -167,11 +183,11 @@ class BernoulliProbs(Elementwise):
 
 
 class _WithScale(nn.Module):
-    """share * (e exp(-s) + s) + constant for each element, s the log of the scale."""
+    """nll_weight * (e exp(-s) + s) + constant for each element, s the log of the scale."""
 
     log_scale: float | Tensor | Literal["optimal"]
 
-    def __init__(self, base: Elementwise, log_scale: float | Tensor | Literal["optimal"], share: float) -> None:
+    def __init__(self, base: Elementwise, log_scale: float | Tensor | Literal["optimal"], nll_weight: float) -> None:
         super().__init__()
         self.base = base
         # a Parameter is trained and saved with the loss, a constant tensor moves with it
@@ -179,28 +195,31 @@ class _WithScale(nn.Module):
             self.register_buffer("log_scale", log_scale)
         else:
             self.log_scale = log_scale
-        self.share = share
+        self.nll_weight = nll_weight
         self.constant = 0.0
         self.softclip: float | None = None
-
-    @property
-    def error(self) -> ErrorOptions:
-        return self.base.error
-
-    @property
-    def factor(self) -> float:
-        return float(self.base.factor)
 
     @property
     def mask_normalize(self) -> bool:
         return self.base.mask_normalize
 
-    def clipped(self, log_scale: Number) -> Number:
+    @property
+    def spec(self) -> LikelihoodSpec:
+        return LikelihoodSpec(
+            self.base.error,
+            float(self.base.factor),
+            self.base.mask_normalize,
+            self.nll_weight,
+            self.constant,
+            self.softclip,
+            self.clipped(self.log_scale) if isinstance(self.log_scale, float | int) else 0.0,
+            self.log_scale == "optimal" if isinstance(self.log_scale, str) else False,
+        )
+
+    def clipped(self, log_scale: float) -> float:
         """log_scale under its soft lower bound: of log sigma = log_scale / 2."""
         if self.softclip is None:
-            return log_scale
-        if isinstance(log_scale, Tensor):
-            return 2 * (self.softclip + nn.functional.softplus(log_scale / 2 - self.softclip))
+            return float(log_scale)
         above = log_scale / 2 - self.softclip
         return 2 * (self.softclip + max(above, 0.0) + math.log1p(math.exp(-abs(above))))
 
@@ -238,7 +257,7 @@ class Gaussian(_WithScale):
     ) -> None:
         base = L2(from_logits, target_scale=target_scale, target_shift=target_shift, mask_normalize=mask_normalize)
         _checks.log_scale("logvar", logvar, also="optimal")
-        super().__init__(base, logvar, share=0.5)
+        super().__init__(base, logvar, nll_weight=0.5)
         self.constant = 0.5 * math.log(2 * math.pi) if full else 0.0
         self.softclip = softclip
 
@@ -267,7 +286,7 @@ class Scaled(_WithScale):
                 "it itself."
             )
         _checks.log_scale("log_scale", log_scale)
-        super().__init__(resolved, log_scale, share=1.0)
+        super().__init__(resolved, log_scale, nll_weight=1.0)
 
     def extra_repr(self) -> str:
         return f"base={self.base}, log_scale={_shown(self.log_scale)}"
@@ -284,6 +303,38 @@ NAMED: dict[str, Elementwise] = {
     "bernoulli": Bernoulli(),
     "bernoulli_probs": BernoulliProbs(),
 }
+
+
+SPECS = {name: likelihood.spec for name, likelihood in NAMED.items()}
+
+
+class Resolved(NamedTuple):
+    """A likelihood for images of one shape."""
+
+    spec: LikelihoodSpec
+    log_scale: Tensor | None = None  # in the shape of recon
+    sample_log_scale: Tensor | None = None  # 0-d or [B]
+    folded_factor: float = 1.0  # of the error, that log_scale holds
+
+
+def resolve_scale(likelihood: Likelihood, recon: Tensor, target: Tensor) -> Resolved:
+    """What a loss is given of a likelihood with a scale that is a tensor."""
+    spec = likelihood.spec
+    log_scale = likelihood.log_scale if isinstance(likelihood, _WithScale) else None
+    if not isinstance(log_scale, Tensor):
+        return Resolved(spec)
+    _checks.same_device("the likelihood's scale", log_scale, "recon", recon)
+    if log_scale.numel() == 1 or log_scale.shape in (recon.shape[:1], (*recon.shape[:1], *[1] * (recon.ndim - 1))):
+        return Resolved(spec, None, log_scale.reshape(() if log_scale.numel() == 1 else -1))
+    if spec.factor != 1 or spec.softclip is not None:  # more than the op acts on it: round once
+        log_scale = log_scale.to(compute_dtype(log_scale))
+    log_scale = soft_lower_bound(log_scale, spec.softclip)
+    factor = spec.factor
+    if factor != 1:  # factor e exp(-s) + s = e exp(-t) + t + log(factor), t = s - log(factor)
+        log_scale = log_scale - math.log(factor)
+        constant = spec.constant + spec.nll_weight * math.log(factor)
+        spec = spec._replace(factor=1.0, constant=constant)
+    return Resolved(spec, _checks.expanded("the likelihood's scale", log_scale, "recon", recon), None, factor)
 
 
 def resolve(likelihood: str | Likelihood) -> Likelihood:

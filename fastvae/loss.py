@@ -2,11 +2,11 @@
 
 from typing import Any, Self
 
-import torch
 from torch import Tensor, nn
 
+from fastvae_kernels.types import Clamp
+
 from . import _checks, likelihoods
-from ._options import Clamp
 from .functional import Prior, VAELossTerms, vae_loss
 from .likelihoods import Likelihood
 from .presets import preset_options
@@ -66,7 +66,7 @@ class VAELoss(nn.Module):
         resolved = likelihoods.resolve(likelihood)
         reductions = _checks.reductions(reduction, recon_reduction, kl_reduction)
         _checks.regularizers(free_bits, FreeBits, capacity, Capacity)
-        _checks.defined(free_bits, capacity, resolved.mask_normalize, reductions)
+        _checks.defined(free_bits, capacity and capacity.mode, resolved.mask_normalize, reductions)
         self._hold("beta", beta)
         self._hold("recon_weight", recon_weight)
         self.likelihood = likelihood  # as it was given: a name stays one
@@ -107,7 +107,7 @@ class VAELoss(nn.Module):
         else:
             setattr(self, name, value)
         number = _value(value)
-        _checks.weight(name, number, number if isinstance(number, Tensor) else torch.empty(0))
+        _checks.weight(name, number)
 
     def forward(
         self,

@@ -4,19 +4,25 @@ Shares no code with the kernels or the fallback. Arithmetic is float32 (float64 
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._options import Clamp, ElboOptions, ElboTensors, ErrorOptions, FloorOptions
+from fastvae_kernels.types import (
+    Clamp,
+    ElboNumbers,
+    ElboOptions,
+    ElboTensors,
+    ErrorOptions,
+    FreeBitsOptions,
+    needs_sample_terms,
+)
+from fastvae_kernels.types import compute_dtype as compute_dtype
 
 BYTE_SCALE = 1 / 255  # a uint8 target stands for the values 0, 1/255, ..., 1
-
-
-def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """float64 if any tensor is, else float32: the dtype of arithmetic, losses and KL."""
-    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+Terms = tuple[Tensor, Tensor, Tensor]  # loss, recon, kl
 
 
 def clamp(logvar: Tensor, bounds: Clamp | None) -> Tensor:
@@ -55,16 +61,16 @@ def reparameterize_kl(mu: Tensor, logvar: Tensor, noise: Tensor, bounds: Clamp |
     return z.to(torch.promote_types(mu.dtype, logvar.dtype)), per_sample(gaussian_kl(mu, logvar, bounds))
 
 
-def resample_kl(mu: Tensor, logvar: Tensor, spread: Tensor, bounds: Clamp | None = None) -> tuple[Tensor, Tensor]:
-    """`reparameterize_kl` around a sample already drawn, given `spread` = sigma * noise there, differentiable again
-    and again.
+def resample_kl(mu: Tensor, logvar: Tensor, scaled_noise: Tensor, bounds: Clamp | None = None) -> tuple[Tensor, Tensor]:
+    """`reparameterize_kl` around a sample already drawn, given `scaled_noise` = sigma * noise there; differentiable
+    again and again.
 
     The factor exp((logvar - its value) / 2) is 1 and has sigma's derivatives relative to sigma, without dividing by a
     sigma that may have vanished.
     """
     dtype = compute_dtype(mu, logvar)
     clamped = clamp(logvar.to(dtype), bounds)
-    z = mu.to(dtype) + spread * torch.exp(0.5 * (clamped - clamped.detach()))
+    z = mu.to(dtype) + scaled_noise * torch.exp(0.5 * (clamped - clamped.detach()))
     return z.to(torch.promote_types(mu.dtype, logvar.dtype)), per_sample(gaussian_kl(mu, logvar, bounds))
 
 
@@ -95,41 +101,145 @@ def error(recon: Tensor, target: Tensor, options: ErrorOptions) -> Tensor:
     raise AssertionError(options.name)
 
 
-def raised(kl: Tensor, floor: FloorOptions) -> Tensor:
-    """The KL of each element under free bits."""
-    if floor.mode == "dim":
-        return kl.clamp(min=floor.nats)
-    return torch.where(kl <= floor.nats, torch.zeros_like(kl), kl)
+def apply_free_bits(kl: Tensor, free_bits: FreeBitsOptions) -> Tensor:
+    """The KL of each element (or sample) under free bits."""
+    if free_bits.mode == "dim_mask":
+        return torch.where(kl <= free_bits.nats, torch.zeros_like(kl), kl)
+    return kl.clamp(min=free_bits.nats)
 
 
-def elbo(inputs: ElboTensors, options: ElboOptions) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(loss, recon term, KL term, KL term under the floor if there is one); a term without inputs is 0."""
-    recon, target, log_scale, mu, logvar, prior_mu, prior_logvar, kl, mask = inputs
-    given = [t for t in inputs[:-1] if t is not None]
-    dtype = compute_dtype(*given)
-    recon_term = kl_term = torch.zeros((), dtype=dtype, device=given[0].device)
-    regularised = None
+def elbo(tensors: ElboTensors, numbers: ElboNumbers, options: ElboOptions) -> Terms:
+    """(loss, recon term, KL term), 0-d or [B]; a term without inputs is 0."""
+    by_sample = options.per_sample or needs_sample_terms(tensors, numbers, options)
 
     def total(elements: Tensor) -> Tensor:
-        return per_sample(elements) if options.per_sample else elements.sum()
+        return per_sample(elements) if by_sample else elements.sum()
 
-    if recon is not None and target is not None:
-        if mask is not None:  # what is outside may be NaN, whose gradient would be too
-            recon, target = (torch.where(mask, t, torch.zeros_like(t)) for t in (recon, target))
-            log_scale = None if log_scale is None else torch.where(mask, log_scale, torch.zeros_like(log_scale))
-        elements = error(recon, target, options.error)
-        if log_scale is not None:
-            log_scale = log_scale.to(elements.dtype)
-            elements = elements * torch.exp(-log_scale) + log_scale
-        if mask is not None:
-            elements = torch.where(mask, elements, torch.zeros_like(elements))
-        recon_term = options.recon_scale * total(elements) + options.recon_constant
+    errors = kl = regularized = None
+    n_selected: float | Tensor = 0.0
+    if tensors.recon is not None:
+        errors = total(_errors(tensors, options))
+        n_selected = (
+            float(tensors.recon[0].numel() if by_sample else tensors.recon.numel()) if len(tensors.recon) else 0.0
+        )
+        if tensors.mask is not None:
+            n_selected = total(tensors.mask.to(errors.dtype))
+    if tensors.kl is not None:
+        kl = tensors.kl.to(compute_dtype(tensors.kl))
+        kl = kl if by_sample else kl.sum()
+    elif tensors.mu is not None:
+        elements = gaussian_kl(tensors.mu, tensors.logvar, options.logvar_clamp, tensors.prior_mu, tensors.prior_logvar)
+        kl = total(elements)
+        if options.element_free_bits is not None:
+            regularized = total(apply_free_bits(elements, options.element_free_bits))
+    return combine(errors, n_selected, kl, regularized, tensors, numbers, options)
+
+
+def _errors(tensors: ElboTensors, options: ElboOptions) -> Tensor:
+    """The error of each element, with its own scale and extra error; 0 outside the mask."""
+    recon, target, mask = tensors.recon, tensors.target, tensors.mask
+
+    def selected(tensor: Tensor) -> Tensor:
+        # what is outside may be NaN, whose gradient would be too
+        return tensor if mask is None else torch.where(mask, tensor, torch.zeros_like(tensor))
+
+    errors = error(selected(recon), selected(target), options.error)
+    if tensors.extra_map is not None:
+        errors = errors + selected(tensors.extra_map).to(errors.dtype)
+    if tensors.log_scale is not None:
+        log_scale = selected(tensors.log_scale).to(errors.dtype)
+        errors = errors * torch.exp(-log_scale) + log_scale
+    return selected(errors)
+
+
+def combine(
+    errors: Tensor | None,
+    n_selected: float | Tensor,
+    kl: Tensor | None,
+    regularized: Tensor | None,
+    tensors: ElboTensors,
+    numbers: ElboNumbers,
+    options: ElboOptions,
+) -> Terms:
+    """The terms, given sums of each sample, [B]; where no option acts on samples, sums of the batch, 0-d, will do.
+
+    Args:
+        errors: Sum of the errors.
+        n_selected: Number of elements that the mask selects; of all without a mask.
+        kl, regularized: Sum of the KL, and the same under free bits of each element (None if there are none).
+        tensors, numbers, options: As in `elbo`, of which only what acts on samples is read.
+    """
+    dtype = compute_dtype(*(t for t in (errors, kl, *tensors[:8], *tensors[9:], *numbers) if isinstance(t, Tensor)))
+    beta, recon_weight, capacity = numbers
+    if errors is None and kl is None:
+        raise ValueError("a loss needs errors or a KL")
+    zero = torch.zeros_like(errors if kl is None else kl, dtype=dtype)  # type: ignore[arg-type]
+
+    def weighed(term: Tensor) -> Tensor:
+        return term if tensors.weight is None else term * tensors.weight.to(dtype)
+
+    recon = zero
+    if errors is not None:
+        recon = weighed(_reconstruction(errors.to(dtype), n_selected, tensors, options))
+        if not options.per_sample:
+            recon = recon.sum() * _normalizer(n_selected, options)
+
+    term = regularized_term = zero
     if kl is not None:
-        kl_term = options.kl_scale * (kl.to(compute_dtype(kl)) if options.per_sample else kl.to(dtype).sum())
-    elif mu is not None and logvar is not None:
-        elements = gaussian_kl(mu, logvar, options.logvar_clamp, prior_mu, prior_logvar)
-        kl_term = options.kl_scale * total(elements)
-        if options.floor is not None:
-            regularised = options.kl_scale * total(raised(elements, options.floor))
-    weighed = kl_term if regularised is None else regularised
-    return options.recon_weight * recon_term + options.beta * weighed, recon_term, kl_term, regularised
+        term = kl.to(dtype)
+        regularized_term = term if regularized is None else regularized.to(dtype)
+        if options.free_bits is not None and options.free_bits.mode == "sample":
+            regularized_term = apply_free_bits(term, options.free_bits)
+        if options.capacity_mode == "sample":
+            regularized_term = (regularized_term - capacity).abs()
+        term, regularized_term = _both(weighed, term, regularized_term)
+    if not options.per_sample:
+        term, regularized_term = _both(lambda t: t.sum() * options.kl_normalizer, term, regularized_term)
+        if options.capacity_mode == "batch":
+            n_samples = len(next(t for t in (tensors.mu, tensors.kl) if t is not None))
+            regularized_term = (regularized_term - capacity * (options.kl_normalizer * n_samples)).abs()
+    loss = recon_weight * recon + beta * regularized_term
+    return loss.to(dtype), recon, term
+
+
+def _both(function: Callable[[Tensor], Tensor], a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The function of both, called once if they are one tensor."""
+    result = function(a)
+    return result, result if b is a else function(b)
+
+
+def _reconstruction(errors: Tensor, n_selected: float | Tensor, tensors: ElboTensors, options: ElboOptions) -> Tensor:
+    """Of each sample, before its weight."""
+
+    def selected(per_sample: Tensor) -> Tensor:
+        """A sample without selected elements has no term, whatever its scale and extra error hold."""
+        if not isinstance(n_selected, Tensor):
+            return per_sample
+        return torch.where(n_selected == 0, torch.zeros_like(per_sample), per_sample)
+
+    scaled = options.error_weight * errors
+    if tensors.extra is not None:
+        scaled = scaled + options.extra_weight * n_selected * selected(tensors.extra.to(errors.dtype))
+    per_element: float | Tensor = options.constant
+    if tensors.sample_log_scale is not None:
+        log_scale = soft_lower_bound(selected(tensors.sample_log_scale.to(errors.dtype)), options.softclip)
+        scaled = scaled * torch.exp(-log_scale)
+        per_element = options.nll_weight * log_scale + options.constant
+    if isinstance(per_element, Tensor) or per_element != 0:
+        scaled = scaled + n_selected * per_element
+    return scaled
+
+
+def soft_lower_bound(log_scale: Tensor, softclip: float | None) -> Tensor:
+    """log_scale, of which the half is softly bounded by `softclip` from below."""
+    if softclip is None:
+        return log_scale
+    return 2 * (softclip + F.softplus(log_scale / 2 - softclip))
+
+
+def _normalizer(n_selected: float | Tensor, options: ElboOptions) -> float | Tensor:
+    if not options.mask_normalize:
+        return options.recon_normalizer
+    assert isinstance(n_selected, Tensor)  # there is a mask
+    n = n_selected.sum()
+    return torch.where(n == 0, 0.0, 1.0 / torch.where(n == 0, 1.0, n))

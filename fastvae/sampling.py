@@ -1,13 +1,14 @@
-"""Where the noise of a sample comes from, and the way from there to the op."""
+"""The noise of a sample, and the call of its op."""
 
 import torch
 from torch import Tensor
 
-from . import _backend, _calls, _checks, reference
-from ._options import Clamp, PhiloxNoise
+from fastvae_kernels.types import Clamp, PhiloxNoise
+
+from . import _backend, _checks, reference
 from ._strides import readable
-from .ops import _registered
-from .ops.reparam_kl import ReparamKLFunction, Site
+from .ops import _library
+from .ops.reparam_kl import ReparamKLFunction, plan
 
 # devices on which a traced sample without a seed is one op that draws its own noise; elsewhere the compiler fuses the
 # plain formula with torch's noise
@@ -27,20 +28,31 @@ def sample(
 ) -> tuple[Tensor, Tensor | None]:
     """(z, KL of each sample or None); `packed`: mu and logvar are the halves of a dimension of one tensor."""
     first, second, dim = (mu, logvar, None) if packed is None else (packed[0], None, packed[1])
-    call = _calls.signature((mu, logvar), "sample", dim, logvar_clamp, with_kl)
-    site: Site | None = _calls.recall(call)
-    if site is None:
+    if torch.compiler.is_compiling() or _library.needs_dispatch(first):
         _checks.gaussian(mu, logvar)
         bounds = _checks.logvar_clamp(logvar_clamp)
-        if torch.compiler.is_compiling() or _registered.is_watched(mu):
-            return _traced(mu, logvar, generator, seed, offset, bounds, with_kl=with_kl)
-        site = Site(_backend.room_of(mu, "reparam_kl"), dim, bounds, with_kl, {})
-        first, second = readable(first), None if second is None else readable(second)
-        _calls.remember(call, site, (mu, logvar))
+        return _traced(mu, logvar, generator, seed, offset, bounds, with_kl=with_kl)
+    try:
+        metas = tuple(
+            [
+                None if t is None else (t.shape, t.stride(), t.dtype, t.device, False, t.is_neg())
+                for t in (first, second)
+            ]
+        )
+        at = plan(_backend.choice(), metas, dim, logvar_clamp, with_kl)
+    except (AttributeError, TypeError, RuntimeError):  # not a dense tensor, or bounds that cannot be hashed
+        _checks.gaussian(mu, logvar)
+        bounds = _checks.logvar_clamp(logvar_clamp)
+        if bounds == logvar_clamp:
+            raise
+        return sample(mu, logvar, generator, seed, offset, bounds, with_kl=with_kl, packed=packed)
+    if at.copies_inputs:
+        mu, logvar = readable(mu), readable(logvar)
+        return sample(mu, logvar, generator, seed, offset, logvar_clamp, with_kl=with_kl)
     _checks.noise_source(mu, generator, seed, offset)
-    drawn = seed is None and site.room is _backend.room("torch", "reparam_kl")
+    drawn = seed is None and at.draws_noise
     noise = _drawn(mu, generator) if drawn else _philox_noise(mu, generator, seed, offset)
-    z, kl = ReparamKLFunction.apply(site, noise, first, second)  # type: ignore[no-untyped-call]
+    z, kl = ReparamKLFunction.apply(at, noise, first, second)  # type: ignore[no-untyped-call]
     return z, kl
 
 
@@ -63,15 +75,15 @@ def _traced(
     if seed is None and mu.device.type not in OPAQUE:
         return reference.reparameterize_kl(mu, logvar, _drawn(mu, None), bounds)
     drawn_seed = torch.randint(2**63 - 1, (1,), device=mu.device) if seed is None else _int64(seed)
-    return _registered.reparam_kl(mu, logvar, PhiloxNoise(drawn_seed, offset), bounds, with_kl=with_kl)
+    return _library.reparam_kl(mu, logvar, PhiloxNoise(drawn_seed, offset), bounds, with_kl=with_kl)
 
 
 def philox(shape: torch.Size, seed: int | Tensor, offset: int, dtype: torch.dtype, like: Tensor) -> Tensor:
     """The noise of seeded sampling itself, on the device of `like`."""
-    if torch.compiler.is_compiling() or _registered.is_watched(like):
-        return _registered.philox_normal(shape, _int64(seed), offset, dtype, like.device)
-    room = _backend.room_of(like, "philox")
-    normals: Tensor = room.philox_normal(shape, _int64(seed), offset, dtype, like.device)
+    if torch.compiler.is_compiling() or _library.needs_dispatch(like):
+        return _library.philox_normal(shape, _int64(seed), offset, dtype, like.device)
+    backend = _backend.backend_module(like, "philox")
+    normals: Tensor = backend.philox_normal(shape, _int64(seed), offset, dtype, like.device)
     return normals
 
 

@@ -5,8 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastvae_kernels.types import Clamp
+
 from . import _backend, _checks
-from ._options import Clamp
 from ._strides import readable
 from .fallback import latent_stats as fallback  # a compiler cannot trace the choice of a room
 
@@ -66,6 +67,6 @@ def latent_stats(mu: Tensor, logvar: Tensor, *, logvar_clamp: Clamp | None = Non
     _checks.gaussian(mu, logvar)
     bounds = _checks.logvar_clamp(logvar_clamp)
     compiling = torch.compiler.is_compiling()
-    room = fallback if compiling else _backend.room_of(mu, "latent_stats")
+    backend = fallback if compiling else _backend.backend_module(mu, "latent_stats")
     with torch.no_grad():
-        return LatentStats(*room.latent_stats(readable(mu), readable(logvar), bounds, _ACTIVE_VARIANCE))
+        return LatentStats(*backend.latent_stats(readable(mu), readable(logvar), bounds, _ACTIVE_VARIANCE))

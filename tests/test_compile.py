@@ -2,15 +2,15 @@
 
 import pytest
 import torch
+from fastvae._options import ElboOptions, ElboTensors, ErrorOptions, FloorOptions
+from fastvae.ops._registered import _packed
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 import fastvae
-from fastvae._options import ElboOptions, ElboTensors, ErrorOptions, FloorOptions
 from fastvae.likelihoods import Gaussian, Huber, Scaled
-from fastvae.ops._registered import _packed
 from fastvae.regularizers import Capacity, FreeBits
 
 # the compiler itself warns of what it uses

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from fastvae._options import ElboOptions, ElboTensors
 
 from fastvae import reference
-from fastvae._options import ElboOptions, ElboTensors
 
 from . import oracle
 from .oracle import DTYPES, assert_near

@@ -1,136 +1,260 @@
 """The loss of a VAE in few passes: what the kernel of this name does, for any device."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .._options import ElboOptions, ElboTensors
-from ..reference import compute_dtype
+from fastvae_kernels.types import (
+    ElboNumbers,
+    ElboOptions,
+    ElboTensors,
+    TensorMeta,
+    compute_dtype,
+    needs_sample_terms,
+)
+
+from .. import reference
 from .gaussian import kl_gradients, kl_terms, rows
 from .images import Coefficient, Images, sum_errors, write_gradients
 
 
-def elbo_fwd(
-    tensors: ElboTensors, written: ElboTensors, options: ElboOptions, notes: dict[Any, Any]
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Return (loss, recon term, KL term, KL term under the floor, weights).
+class ElboPlan(NamedTuple):
+    """What one kind of call comes to."""
 
-    weights: a snapshot of (recon_weight, beta) if one of them is a tensor, which may change before the backward pass.
-    written: buffers for recon_weight times the gradients of the recon term by recon and log_scale, or None.
-    notes: the kernels', which plan their launches; here is nothing to plan.
-    """
-    dtype = compute_dtype(*tensors[:-1])
-    like = next(t for t in tensors if t is not None)
-    # plain numbers wherever the host may read them: arithmetic on those costs nothing
-    recon_term: Coefficient = 0.0
-    kl_term: Coefficient = 0.0
-    floored: Coefficient | None = None
-    if tensors.recon is not None:
-        weight: Coefficient = 0.0
-        if written.recon is not None:
-            weight = options.recon_scale * _number(options.recon_weight)
-            weight = weight if options.row_weight is None else options.row_weight
-        images = _images(tensors, written)
-        errors = sum_errors(images, weight, options.error, per_sample=options.per_sample)
-        recon_term = _scaled(_value(errors), options.recon_scale)
-        if options.recon_constant:
-            recon_term = recon_term + options.recon_constant
-    kl = tensors.kl
-    if kl is None and tensors.mu is not None:
-        kl, raised = kl_terms(tensors, options, dtype)
-        floored = None if raised is None else _reduced(raised, options)
-    if kl is not None:
-        kl_term = _reduced(kl.to(dtype), options)
-    weighed = kl_term if floored is None else floored
-    loss = _scaled(recon_term, _value(options.recon_weight)) + _scaled(weighed, _value(options.beta))
-    loss, recon_term, kl_term = (_result(t, like, dtype, options) for t in (loss, recon_term, kl_term))
-    kl_term = kl_term.clone() if kl_term is tensors.kl else kl_term
-    floored = None if floored is None else _result(floored, like, dtype, options)
-    weights = None
-    if isinstance(options.recon_weight, Tensor) or isinstance(options.beta, Tensor):
-        weights = torch.stack(
-            [torch.as_tensor(w, dtype=dtype, device=like.device) for w in (options.recon_weight, options.beta)]
-        )
-    return loss, recon_term, kl_term, floored, weights
+    options: ElboOptions
+    by_sample: bool  # options act on samples
+    dtype: torch.dtype
+    recon_scale: float
+    recon_constant: float
+    batch: int
+    device: torch.device
+    differentiable: bool
 
 
-def elbo_bwd(
-    tensors: ElboTensors,
-    upstream: tuple[Tensor | None, ...],
-    gradients: ElboTensors,
-    options: ElboOptions,
-    notes: dict[Any, Any],
-    *,
-    holds_forward_gradient: bool,
-) -> None:
-    """Write the gradients that are asked for, given those of (loss, recon term, KL term, KL term under the floor).
+class SampleGraph(NamedTuple):
+    """The terms of samples as a small graph of autograd, from the sums of samples to the outputs."""
 
-    gradients: buffers in the places of what they are gradients of. If `holds_forward_gradient`, those of recon and
-        log_scale already hold what `elbo_fwd` wrote there and are only scaled, where that is exact or where recon is
-        gone (None, as is target).
-    """
-    dloss, drecon_term, dkl_term, dfloored = upstream
-    if gradients.recon is not None or gradients.target is not None or gradients.log_scale is not None:
-        coefficient = _combine(dloss, options.recon_weight, drecon_term)
-        factor = _factor(coefficient, options) if holds_forward_gradient else coefficient
-        held = [g for g in (gradients.recon, gradients.log_scale) if g is not None]
-        if holds_forward_gradient and (tensors.recon is None or _scales_exactly(held, factor)):
-            for gradient in held:
-                _rescale(gradient, factor)
-        else:
-            write_gradients(_images(tensors, gradients), coefficient * options.recon_scale, options.error)
-    of_kl = _combine(dloss if options.floor is None else None, options.beta, dkl_term) * options.kl_scale
-    of_floored = None if options.floor is None else _combine(dloss, options.beta, dfloored) * options.kl_scale
-    if gradients.kl is not None:
-        gradients.kl.copy_(of_kl) if isinstance(of_kl, Tensor) else gradients.kl.fill_(of_kl)
-    if any(g is not None for g in gradients[3:7]):
-        like = tensors.logvar if tensors.logvar is not None else tensors.mu
-        assert like is not None
-        kl_gradients(
-            tensors,
-            gradients,
-            _per_row(of_kl, like),
-            None if of_floored is None else _per_row(of_floored, like),
-            options,
-        )
+    inputs: tuple[Any, ...]  # errors, KL, KL under free bits, weight, extra, log scale, beta, recon_weight, capacity
+    outputs: tuple[Tensor, Tensor, Tensor]
+
+    def backward(self, upstream: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+        """Gradients of the inputs; None where there is none."""
+        used = [(o, u) for o, u in zip(self.outputs, upstream, strict=True) if u is not None and o.requires_grad]
+        asked = [t for t in self.inputs if isinstance(t, Tensor) and t.requires_grad]
+        found: dict[int, Tensor | None] = {}
+        if used and asked:
+            outputs, gradients = zip(*used, strict=True)
+            result = torch.autograd.grad(outputs, asked, gradients, retain_graph=True, allow_unused=True)
+            found = {id(t): g for t, g in zip(asked, result, strict=True)}
+        return [found.get(id(t)) for t in self.inputs]
 
 
-def _images(tensors: ElboTensors, gradients: ElboTensors) -> Images:
-    assert tensors.recon is not None
-    assert tensors.target is not None
-    return Images(
-        *(tensors.recon, tensors.target, tensors.log_scale, tensors.mask),
-        *(gradients.recon, gradients.target, gradients.log_scale),
+class ElboOutputs(NamedTuple):
+    loss: Tensor
+    recon: Tensor
+    kl: Tensor
+    saved: tuple[Any, ...]  # for `elbo_bwd`
+
+
+def plan_elbo(metas: ElboTensors, numbers: ElboNumbers, options: ElboOptions, writes_gradient: bool) -> ElboPlan:
+    """As the function of this name of the kernels."""
+    first = next(meta for meta in metas if meta is not None)
+    batch = first.shape[0]
+    constant = 0.0
+    if metas.recon is not None and options.constant:
+        n_elements = math.prod(metas.recon.shape[1:])
+        constant = options.recon_normalizer * (n_elements if options.per_sample else n_elements * batch)
+        constant *= options.constant
+    given = (meta for meta in (*metas[:8], *metas[9:], *numbers) if isinstance(meta, TensorMeta))
+    return ElboPlan(
+        options=options,
+        by_sample=needs_sample_terms(metas, numbers, options),
+        dtype=compute_dtype(*given),
+        recon_scale=options.recon_normalizer * options.error_weight,
+        recon_constant=constant,
+        batch=batch,
+        device=first.device,
+        differentiable=any(meta.requires_grad for meta in (*metas, *numbers) if isinstance(meta, TensorMeta)),
     )
 
 
-def _reduced(kl: Tensor, options: ElboOptions) -> Coefficient:
-    return _scaled(kl if options.per_sample else _value(kl.sum()), options.kl_scale)
+def elbo_fwd(
+    plan: ElboPlan, tensors: ElboTensors, numbers: ElboNumbers, drecon: Tensor | None, dlog_scale: Tensor | None
+) -> ElboOutputs:
+    """Return (loss, recon term, KL term); arguments as the function of this name of the kernels."""
+    if plan.by_sample:
+        return _elbo_fwd_by_sample(plan, tensors, numbers, drecon, dlog_scale)
+    # plain numbers wherever the host may read them: arithmetic on those costs nothing
+    beta, recon_weight = _value(numbers.beta), _value(numbers.recon_weight)
+    recon_term: Coefficient = 0.0
+    kl_term: Coefficient = 0.0
+    regularized: Coefficient | None = None
+    options = plan.options
+    if tensors.recon is not None:
+        weight = plan.recon_scale * _number(recon_weight) if drecon is not None else 0.0
+        images = _images(tensors, ElboTensors(recon=drecon, log_scale=dlog_scale))
+        errors = sum_errors(images, weight, options.error, per_sample=options.per_sample)
+        recon_term = _scaled(_value(errors), plan.recon_scale)
+        if plan.recon_constant:
+            recon_term = recon_term + plan.recon_constant
+    kl = tensors.kl
+    if kl is None and tensors.mu is not None:
+        kl, raised = kl_terms(tensors, options, plan.dtype)
+        regularized = None if raised is None else _reduced(raised, plan)
+    if kl is not None:
+        kl_term = _reduced(kl.to(plan.dtype), plan)
+    weighed = kl_term if regularized is None else regularized
+    loss = _scaled(recon_term, recon_weight) + _scaled(weighed, beta)
+    loss, recon_term, kl_term = (_result(t, plan) for t in (loss, recon_term, kl_term))
+    kl_term = kl_term.clone() if kl_term is tensors.kl else kl_term
+    # the values of tensors may change before the backward pass
+    seen = [n.clone() if isinstance(n, Tensor) else n for n in (beta, recon_weight)]
+    return ElboOutputs(loss, recon_term, kl_term, (*seen,))
 
 
-def _result(term: Coefficient, like: Tensor, dtype: torch.dtype, options: ElboOptions) -> Tensor:
+def _elbo_fwd_by_sample(
+    plan: ElboPlan, tensors: ElboTensors, numbers: ElboNumbers, drecon: Tensor | None, dlog_scale: Tensor | None
+) -> ElboOutputs:
+    options, dtype = plan.options, plan.dtype
+    errors = kl = regularized = None
+    n_selected: float | Tensor = 0.0
+    if tensors.recon is not None:
+        weight: Coefficient = 0.0
+        if drecon is not None:
+            weight = _error_factor(tensors, options, plan.recon_scale * _number(numbers.recon_weight))
+        images = _images(tensors, ElboTensors(recon=drecon, log_scale=dlog_scale))
+        errors = sum_errors(images, weight, options.error, per_sample=True)
+        n_selected = float(math.prod(tensors.recon.shape[1:]))
+        if tensors.mask is not None:
+            n_selected = tensors.mask.flatten(1).sum(1).to(dtype) if tensors.mask.ndim > 1 else tensors.mask.to(dtype)
+    kl = tensors.kl
+    if kl is None and tensors.mu is not None:
+        kl, regularized = kl_terms(tensors, options, plan.dtype)
+    numbers = ElboNumbers(*(n.clone() if isinstance(n, Tensor) else n for n in numbers))  # a schedule may step them
+    small = tensors.weight, tensors.extra, tensors.sample_log_scale, *numbers
+    with torch.set_grad_enabled(plan.differentiable):
+        sums = [
+            None if t is None else t.detach().requires_grad_(plan.differentiable) for t in (errors, kl, regularized)
+        ]
+        leaves = [t.detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for t in small]
+        outputs = reference.combine(
+            *(sums[0], n_selected, sums[1], sums[2]),
+            tensors._replace(weight=leaves[0], extra=leaves[1], sample_log_scale=leaves[2]),
+            ElboNumbers(*leaves[3:]),
+            options,
+        )
+    loss, recon_term, kl_term = (t.detach() for t in outputs)
+    return ElboOutputs(loss, recon_term, kl_term, (SampleGraph((*sums, *leaves), outputs),))
+
+
+def elbo_bwd(
+    plan: ElboPlan,
+    tensors: ElboTensors,
+    numbers: ElboNumbers,
+    saved: tuple[Any, ...],
+    upstream: tuple[Tensor | None, Tensor | None, Tensor | None],
+    gradients: ElboTensors,
+    number_gradients: ElboNumbers,
+    *,
+    held: bool,
+) -> tuple[ElboTensors, ElboNumbers]:
+    """Return the gradients that are wanted; arguments as the function of this name of the kernels."""
+    dloss, drecon_term, dkl_term = upstream
+    options = plan.options
+    factor: Coefficient = 1.0
+    if plan.by_sample:
+        graph: SampleGraph = saved[0]
+        of_error, of_kl, of_free_bits, *small = graph.backward(upstream)
+        if held:
+            factor = _combine(dloss, 1.0, None if drecon_term is None else drecon_term / numbers.recon_weight)
+        gradients = gradients._replace(
+            **{name: g for name, g in zip(_SAMPLE_TENSORS, small, strict=False) if getattr(gradients, name) is not None}
+        )
+        number_gradients = ElboNumbers(*small[3:])
+    else:
+        beta, recon_weight = saved
+        of_error = _combine(dloss, recon_weight, drecon_term)
+        if held:
+            factor = of_error / recon_weight
+        of_error = of_error * plan.recon_scale
+        has_free_bits = options.free_bits is not None
+        of_kl = _combine(None if has_free_bits else dloss, beta, dkl_term) * options.kl_normalizer
+        of_free_bits = _combine(dloss, beta, None) * options.kl_normalizer if has_free_bits else None
+    _image_gradients(plan, tensors, gradients, of_error, factor, held=held)
+    if gradients.kl is not None:
+        gradients.kl.copy_(of_kl) if isinstance(of_kl, Tensor) else gradients.kl.fill_(0.0 if of_kl is None else of_kl)
+    if any(g is not None for g in gradients[4:8]):
+        like = tensors.logvar if tensors.logvar is not None else tensors.mu
+        by_row = [0.0 if c is None else _per_row(c, like) for c in (of_kl, of_free_bits)]
+        kl_gradients(tensors, gradients, by_row[0], by_row[1] if options.element_free_bits else None, options)
+    return gradients, number_gradients
+
+
+def seen_numbers(plan: ElboPlan, saved: tuple[Any, ...], numbers: ElboNumbers) -> ElboNumbers:
+    """As the function of this name of the kernels."""
+    if plan.by_sample:
+        return ElboNumbers(*(t.detach() if isinstance(t, Tensor) else t for t in saved[0].inputs[6:]))
+    return ElboNumbers(*saved)
+
+
+def _image_gradients(
+    plan: ElboPlan,
+    tensors: ElboTensors,
+    gradients: ElboTensors,
+    coefficient: Coefficient | None,
+    factor: Coefficient,
+    *,
+    held: bool,
+) -> None:
+    """Write them; if `held`, those of recon and log_scale are there already but for the factor."""
+    wanted = [g for g in gradients[:4] if g is not None]
+    if not wanted:
+        return
+    if held and (tensors.recon is None or _scales_exactly(wanted, factor)):
+        for gradient in wanted:
+            _rescale(gradient, factor)
+    else:
+        write_gradients(_images(tensors, gradients), 0.0 if coefficient is None else coefficient, plan.options.error)
+
+
+_SAMPLE_TENSORS = ("weight", "extra", "sample_log_scale")
+
+
+def _error_factor(tensors: ElboTensors, options: ElboOptions, factor: float) -> Coefficient:
+    """What multiplies the error of each element: factor * weight / exp(log scale), a number or [B]."""
+    result: Coefficient = factor
+    if tensors.sample_log_scale is not None:
+        log_scale = tensors.sample_log_scale.to(compute_dtype(tensors.recon, tensors.sample_log_scale))
+        result = torch.exp(-reference.soft_lower_bound(log_scale, options.softclip)) * result
+    if tensors.weight is not None:
+        result = tensors.weight.to(compute_dtype(tensors.recon, tensors.weight)) * result
+    return _value(result)
+
+
+def _images(tensors: ElboTensors, gradients: ElboTensors) -> Images:
+    return Images(
+        *(tensors.recon, tensors.target, tensors.log_scale, tensors.extra_map, tensors.mask),
+        *(gradients.recon, gradients.target, gradients.log_scale, gradients.extra_map),
+    )
+
+
+def _reduced(kl: Tensor, plan: ElboPlan) -> Coefficient:
+    return _scaled(kl if plan.options.per_sample else _value(kl.sum()), plan.options.kl_normalizer)
+
+
+def _result(term: Coefficient, plan: ElboPlan) -> Tensor:
     if isinstance(term, Tensor):
-        return term.to(dtype)
-    if options.per_sample:
-        return like.new_full(like.shape[:1], term, dtype=dtype)
-    return torch.scalar_tensor(term, dtype=dtype, device=like.device)
+        return term.to(plan.dtype)
+    if plan.options.per_sample:
+        return torch.full((plan.batch,), term, dtype=plan.dtype, device=plan.device)
+    return torch.scalar_tensor(term, dtype=plan.dtype, device=plan.device)
 
 
 def _number(weight: Coefficient) -> float:
     assert not isinstance(weight, Tensor)  # one pass is not right under a tensor
     return weight
-
-
-def _factor(coefficient: Coefficient, options: ElboOptions) -> Coefficient:
-    """What the forward pass's gradient has to be multiplied by."""
-    if options.row_weight is None:
-        return coefficient / options.recon_weight
-    coefficient = torch.as_tensor(coefficient, device=options.row_weight.device)
-    # equal where both are 0, too
-    factor = torch.where(coefficient == options.row_weight, 1.0, coefficient / options.row_weight)
-    return 1.0 if options.row_weight.device.type == "cpu" and bool((factor == 1).all()) else factor
 
 
 def _value(number: Coefficient) -> Coefficient:

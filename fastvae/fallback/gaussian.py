@@ -3,11 +3,9 @@
 import torch
 from torch import Tensor
 
-from .._options import Clamp, ElboOptions, ElboTensors, FloorOptions
-from ..reference import compute_dtype
+from fastvae_kernels.types import Clamp, ElboOptions, ElboTensors, FreeBitsOptions, compute_dtype
 
-# torch makes a tensor of every number that it is given as a factor, and that takes longer than a small product
-HALF = torch.tensor(0.5)
+from ..reference import apply_free_bits
 
 
 def clamped(logvar: Tensor, bounds: Clamp | None) -> Tensor:
@@ -45,27 +43,27 @@ def kl_per_sample(mu: Tensor, logvar: Tensor, expm1: Tensor) -> Tensor:
     arithmetic.
     """
     elements = torch.sub(expm1, logvar).addcmul_(mu, mu)
-    return sum_by_sample(elements).mul_(HALF)
+    return sum_by_sample(elements).mul_(0.5)
 
 
 def kl_terms(tensors: ElboTensors, options: ElboOptions, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """[B]: the KL of each sample, and the same under the floor, if there is one."""
+    """[B]: the KL of each sample, and the same under free bits of each element, if there are any."""
     mu, logvar, _ = _relative(tensors, options, dtype)
     expm1 = torch.expm1(logvar)
-    if options.floor is None:
+    if options.element_free_bits is None:
         return kl_per_sample(mu, logvar, expm1), None
-    elements = torch.sub(expm1, logvar).addcmul_(mu, mu).mul_(HALF)
-    return sum_by_sample(elements), sum_by_sample(_raised(elements, options.floor))
+    elements = torch.sub(expm1, logvar).addcmul_(mu, mu).mul_(0.5)
+    return sum_by_sample(elements), sum_by_sample(apply_free_bits(elements, options.element_free_bits))
 
 
 def kl_gradients(
     tensors: ElboTensors,
     gradients: ElboTensors,
     coefficient: float | Tensor,
-    floored: float | Tensor | None,
+    free_bits_coefficient: float | Tensor | None,
     options: ElboOptions,
 ) -> None:
-    """Write coefficient times the gradients of the KL, plus `floored` times those of the KL under the floor.
+    """Write coefficient times the gradients of the KL plus `free_bits_coefficient` times those under free bits.
 
     With m = (mu - mu_p) / sigma_p and r = logvar - logvar_p, that by mu is m / sigma_p, by logvar expm1(r) / 2; by mu_p
     the negative of the first, by logvar_p -(m^2 + expm1(r)) / 2.
@@ -75,9 +73,9 @@ def kl_gradients(
     dtype = compute_dtype(tensors.mu, tensors.logvar, tensors.prior_mu, tensors.prior_logvar)
     mu, logvar, precision = _relative(tensors, options, dtype)
     expm1 = torch.expm1(logvar)
-    if floored is not None and options.floor is not None:
-        elements = torch.sub(expm1, logvar).addcmul_(mu, mu).mul_(HALF)
-        coefficient = coefficient + floored * _counts(elements, options.floor).to(dtype)
+    if free_bits_coefficient is not None and options.element_free_bits is not None:
+        elements = torch.sub(expm1, logvar).addcmul_(mu, mu).mul_(0.5)
+        coefficient = coefficient + free_bits_coefficient * _passes(elements, options.element_free_bits).to(dtype)
     slope = mu if precision is None else mu * precision
     if gradients.mu is not None:
         torch.mul(slope, coefficient, out=gradients.mu)
@@ -102,10 +100,6 @@ def _relative(tensors: ElboTensors, options: ElboOptions, dtype: torch.dtype) ->
     return (mu - tensors.prior_mu.to(dtype)).mul_(precision), logvar - prior_logvar, precision
 
 
-def _raised(kl: Tensor, floor: FloorOptions) -> Tensor:
-    return kl.clamp(min=floor.nats) if floor.mode == "dim" else kl.masked_fill(kl <= floor.nats, 0)
-
-
-def _counts(kl: Tensor, floor: FloorOptions) -> Tensor:
-    """1 where the KL is above the floor, and so has a gradient; as torch.clamp's where both are equal."""
-    return ~(kl < floor.nats) if floor.mode == "dim" else ~(kl <= floor.nats)
+def _passes(kl: Tensor, free_bits: FreeBitsOptions) -> Tensor:
+    """1 where the KL is above its free bits, and so has a gradient; as torch.clamp's where both are equal."""
+    return ~(kl < free_bits.nats) if free_bits.mode == "dim" else ~(kl <= free_bits.nats)

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._options import ErrorOptions
+from fastvae_kernels.types import ErrorOptions, compute_dtype
+
 from .._strides import is_dense
-from ..reference import compute_dtype
 from .gaussian import rows, sum_by_sample
 from .likelihoods import PAIRS
 from .pages import advise_large_pages
@@ -32,15 +32,17 @@ class Images(NamedTuple):
     recon: Tensor
     target: Tensor
     log_scale: Tensor | None = None
+    extra: Tensor | None = None
     mask: Tensor | None = None
     drecon: Tensor | None = None
     dtarget: Tensor | None = None
     dlog_scale: Tensor | None = None
+    dextra: Tensor | None = None
     coefficient: Tensor | None = None  # of the gradients, where each sample has its own
 
     @property
     def dtype(self) -> torch.dtype:
-        return compute_dtype(self.recon, self.target, self.log_scale)
+        return compute_dtype(self.recon, self.target, self.log_scale, self.extra)
 
 
 def sum_errors(images: Images, coefficient: Coefficient, options: ErrorOptions, *, per_sample: bool) -> Tensor:
@@ -108,7 +110,7 @@ def _with_rows(images: Images, coefficient: Coefficient) -> tuple[Images, Coeffi
 
 def _is_plain(images: Images, options: ErrorOptions) -> bool:
     """The squared error alone, which has the shortest way."""
-    return options.name == "l2" and images.log_scale is None and images.mask is None
+    return options.name == "l2" and images.log_scale is None and images.extra is None and images.mask is None
 
 
 def _pieces(images: Images, *, per_sample: bool) -> Iterator[Images]:
@@ -174,6 +176,8 @@ def _values(piece: Images, options: ErrorOptions, dtype: torch.dtype) -> tuple[T
 
 def _errors(piece: Images, options: ErrorOptions, dtype: torch.dtype) -> Tensor:
     errors = PAIRS[options.name].error(*_values(piece, options, dtype), options.parameter)
+    if piece.extra is not None:
+        errors.add_(piece.extra)
     if piece.log_scale is not None:
         log_scale = piece.log_scale.to(dtype)
         errors.mul_(torch.neg(log_scale).exp_()).add_(log_scale)
@@ -188,12 +192,15 @@ def _write_gradients(piece: Images, coefficient: Coefficient, options: ErrorOpti
 
     recon, target = _values(piece, options, dtype)
     pair = PAIRS[options.name]
-    shrink = None if piece.log_scale is None else torch.neg(piece.log_scale.to(dtype)).exp_()
+    inverse_scale = None if piece.log_scale is None else torch.neg(piece.log_scale.to(dtype)).exp_()
     # first, because drecon may take recon's memory
-    if piece.dlog_scale is not None and shrink is not None:
-        write(piece.dlog_scale, 1 - pair.error(recon, target, options.parameter) * shrink)
+    if piece.dlog_scale is not None and inverse_scale is not None:
+        errors = pair.error(recon, target, options.parameter)
+        write(piece.dlog_scale, 1 - (errors if piece.extra is None else errors.add_(piece.extra)) * inverse_scale)
+    if piece.dextra is not None:
+        write(piece.dextra, torch.ones_like(recon) if inverse_scale is None else inverse_scale)
     if piece.drecon is not None or piece.dtarget is not None:
         by_recon, by_target = pair.gradient(recon, target, options.parameter)
         by_target = by_recon.neg() if by_target is None else by_target
-        write(piece.drecon, by_recon if shrink is None else by_recon * shrink)
-        write(piece.dtarget, by_target if shrink is None else by_target * shrink)
+        write(piece.drecon, by_recon if inverse_scale is None else by_recon * inverse_scale)
+        write(piece.dtarget, by_target if inverse_scale is None else by_target * inverse_scale)

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from .._options import Clamp
+from fastvae_kernels.types import Clamp
+
 from ..reference import compute_dtype
 from .gaussian import clamped
 

@@ -1,77 +1,89 @@
 """Sampling and KL in few passes: what the kernel of this name does, for any device."""
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .._options import Clamp, Noise, PhiloxNoise
-from ..reference import compute_dtype
-from .gaussian import HALF, clamped, kl_per_sample, rows, zero_outside
+from fastvae_kernels.types import Clamp, PhiloxNoise, TensorMeta, compute_dtype
+
+from .gaussian import clamped, kl_per_sample, rows, zero_outside
 from .philox import philox_normal
+
+Noise = PhiloxNoise | Tensor
+
+
+class ReparamKLPlan(NamedTuple):
+    """What one kind of call comes to."""
+
+    dtype: torch.dtype  # of arithmetic
+    logvar_clamp: Clamp | None
+    with_kl: bool
+
+
+def plan_reparam_kl(
+    mu: TensorMeta,
+    logvar: TensorMeta,
+    z: TensorMeta,
+    dmu: TensorMeta,
+    dlogvar: TensorMeta,
+    logvar_clamp: Clamp | None,
+    with_kl: bool,
+) -> ReparamKLPlan:
+    """As the function of this name of the kernels."""
+    return ReparamKLPlan(compute_dtype(mu, logvar), logvar_clamp, with_kl)
 
 
 def reparam_kl_fwd(
-    mu: Tensor,
-    logvar: Tensor,
-    noise: Noise,
-    z: Tensor,
-    logvar_clamp: Clamp | None,
-    notes: dict[Any, Any],
-    *,
-    with_kl: bool,
+    plan: ReparamKLPlan, mu: Tensor, logvar: Tensor, noise: Noise, z: Tensor
 ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
-    """Write z; return the KL of each sample (None unless asked for) and what the backward pass needs.
-
-    notes: the kernels', which plan their launches; here is nothing to plan.
-    """
-    dtype = compute_dtype(mu, logvar)
-    logvar = clamped(logvar.to(dtype), logvar_clamp)
+    """Write z; return the KL of each sample (None unless the plan has it) and what the backward pass needs."""
+    logvar = clamped(logvar.to(plan.dtype), plan.logvar_clamp)
     if isinstance(noise, PhiloxNoise):
-        noise = philox_normal(mu.shape, noise.seed, noise.offset, dtype, mu.device)
-    spread = torch.mul(logvar, HALF).exp_().mul_(noise)
-    torch.add(mu, spread, out=z)
-    if not with_kl:
-        return None, (spread,)
+        noise = philox_normal(mu.shape, noise.seed, noise.offset, plan.dtype, mu.device)
+    scaled_noise = torch.mul(logvar, 0.5).exp_().mul_(noise)
+    torch.add(mu, scaled_noise, out=z)
+    if not plan.with_kl:
+        return None, (scaled_noise,)
     expm1 = torch.expm1(logvar)
-    return kl_per_sample(mu.to(dtype), logvar, expm1), (spread, expm1)
+    return kl_per_sample(mu.to(plan.dtype), logvar, expm1), (scaled_noise, expm1)
 
 
-def saved_again(mu: Tensor, logvar: Tensor, noise: PhiloxNoise, logvar_clamp: Clamp | None) -> list[Tensor]:
-    """What `reparam_kl_fwd` returns for the backward pass, where nobody kept it."""
-    dtype = compute_dtype(mu, logvar)
-    logvar = clamped(logvar.to(dtype), logvar_clamp)
-    normals = philox_normal(mu.shape, noise.seed, noise.offset, dtype, mu.device)
-    return [torch.mul(logvar, HALF).exp_().mul_(normals), torch.expm1(logvar)]
+def recompute_saved(plan: ReparamKLPlan, mu: Tensor, logvar: Tensor, noise: PhiloxNoise) -> tuple[Tensor, ...]:
+    """What `reparam_kl_fwd` returns for the backward pass."""
+    logvar = clamped(logvar.to(plan.dtype), plan.logvar_clamp)
+    normals = philox_normal(mu.shape, noise.seed, noise.offset, plan.dtype, mu.device)
+    return torch.mul(logvar, 0.5).exp_().mul_(normals), torch.expm1(logvar)
 
 
-def spread(mu: Tensor, logvar: Tensor, saved: list[Tensor], noise: Noise | None, logvar_clamp: Clamp | None) -> Tensor:
+def scaled_noise(
+    mu: Tensor, logvar: Tensor, saved: tuple[Tensor, ...], noise: Noise | None, logvar_clamp: Clamp | None
+) -> Tensor:
     """sigma * noise, as the forward pass drew it."""
     return saved[0]
 
 
 def reparam_kl_bwd(
+    plan: ReparamKLPlan,
     mu: Tensor,
     logvar: Tensor,
-    saved: list[Tensor],
+    saved: tuple[Tensor, ...],
     dz: Tensor | None,
     dkl: Tensor | None,
     dmu: Tensor | None,
     dlogvar: Tensor | None,
     noise: Noise | None,
-    logvar_clamp: Clamp | None,
-    notes: dict[Any, Any],
 ) -> None:
-    """Write the gradients that are asked for: dmu = dz + dkl mu; dlogvar = (dz sigma noise + dkl expm1(logvar)) / 2."""
-    dtype = compute_dtype(mu, logvar)
+    """Write the gradients that are wanted: dmu = dz + dkl mu; dlogvar = (dz sigma noise + dkl expm1(logvar)) / 2."""
+    dtype = plan.dtype
     dz = None if dz is None else dz.to(dtype)
     dkl = None if dkl is None else rows(dkl.to(dtype), mu)
     if dmu is not None:
         _combine(dz, None, dkl, mu.to(dtype), 1.0, dmu)
     if dlogvar is not None:
-        spread, expm1 = saved[0], saved[1] if dkl is not None else None
-        _combine(dz, spread, None if dkl is None else dkl * HALF, expm1, 0.5, dlogvar)
-        zero_outside(dlogvar, logvar, logvar_clamp, dtype)
+        scaled_noise, expm1 = saved[0], saved[1] if dkl is not None else None
+        _combine(dz, scaled_noise, None if dkl is None else dkl * 0.5, expm1, 0.5, dlogvar)
+        zero_outside(dlogvar, logvar, plan.logvar_clamp, dtype)
 
 
 def _combine(

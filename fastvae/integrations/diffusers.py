@@ -9,10 +9,10 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor
 
-from .. import _backend, _checks, reference
+from .. import _checks, reference
 from ..distributions import DiagonalGaussian
 from ..functional import philox_normal
-from ..ops.reparam_kl import ReparamKLFunction, Site
+from ..ops.reparam_kl import ReparamKLFunction, plan
 from ._patch import Patch, Replacement, imported
 
 CLAMP = (-30.0, 20.0)  # what diffusers clamps every logvar to
@@ -206,7 +206,7 @@ def _with_noise(packed: Tensor, noise: Tensor, with_kl: bool) -> Sample:
     if torch.compiler.is_compiling():
         mu, logvar = packed.chunk(2, 1)
         return reference.reparameterize_kl(mu, logvar, noise, CLAMP)[0], None
-    room = _backend.room("torch", "reparam_kl")  # the kernels take seeds, not noise
-    site = Site(room, 1, CLAMP, with_kl, {})
-    z, kl = ReparamKLFunction.apply(site, noise, packed, None)  # type: ignore[no-untyped-call]
+    meta = (packed.shape, packed.stride(), packed.dtype, packed.device, False, packed.is_neg())
+    at = plan("torch", (meta, None), 1, CLAMP, with_kl, given_noise=True)
+    z, kl = ReparamKLFunction.apply(at, noise, packed, None)  # type: ignore[no-untyped-call]
     return z, kl

@@ -1,44 +1,110 @@
 """Sampling from a diagonal Gaussian and its KL: autograd and dispatch."""
 
+from functools import lru_cache
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import reference
-from .._options import Clamp, Noise, PhiloxNoise
-from ._double import apart, gradients_through, with_memory
+from fastvae_kernels.types import Clamp, PhiloxNoise, TensorMeta
+
+from .. import _backend, _checks, reference
+from .._strides import needs_copy, with_strides
+from ._autograd import alias_inputs, gradients_through, materialize_grads
+
+# a tensor is noise that was drawn beforehand
+Noise = PhiloxNoise | Tensor
 
 
-class Site(NamedTuple):
-    """What calls whose tensors are alike have in common."""
-
-    room: Any  # the backend's module
-    dim: int | None  # along which mu and logvar are the halves of one tensor
+class Plan(NamedTuple):
+    backend: ModuleType
+    launches: Any  # the backend's plan
+    draws_noise: bool  # without a seed, the noise is drawn by torch
+    copies_inputs: bool  # some inputs cannot be read in place
     logvar_clamp: Clamp | None
-    with_kl: bool
-    notes: dict[Any, Any]  # what the backend worked out for such tensors
+    dim: int | None  # along which mu and logvar are the halves of one tensor
+    same_dtype: bool
+    input_strides: tuple[Any, Any]
+    z_strides: tuple[int, ...]
+
+
+@lru_cache(maxsize=1024)
+def plan(
+    choice: str, metas: tuple[Any, Any], dim: int | None, logvar_clamp: Any, with_kl: bool, given_noise: bool = False
+) -> Plan:
+    """The plan of a call.
+
+    Args:
+        choice: Which backend was asked for.
+        metas: Fields of `TensorMeta` of mu and logvar, or of the tensor that holds both and None.
+        dim: Of the halves of that tensor.
+        logvar_clamp, with_kl: Options.
+        given_noise: The noise is a tensor, which kernels do not take.
+
+    Raises:
+        ValueError, TypeError: inputs or options that do not fit; nothing is cached then.
+    """
+    inputs = [None if meta is None else TensorMeta(*meta) for meta in metas]
+    mu, logvar = _half_metas(inputs, dim, gradients=False)
+    _checks.gaussian(mu, logvar)
+    bounds = _checks.logvar_clamp(logvar_clamp)
+    name = "torch" if given_noise else _backend.backend_of(mu)
+    backend = _backend.load_backend(name, "reparam_kl")
+    copies = any(meta is not None and needs_copy(meta._replace(shape=meta.shape or (1,))) for meta in inputs)
+    z = _like(mu, dtype=torch.promote_types(mu.dtype, logvar.dtype))
+    buffers = _half_metas(inputs, dim, gradients=True)
+    return Plan(
+        backend=backend,
+        launches=None if copies else backend.plan_reparam_kl(mu, logvar, z, *buffers, bounds, with_kl),
+        draws_noise=name == "torch",
+        copies_inputs=copies,
+        logvar_clamp=bounds,
+        dim=dim,
+        same_dtype=mu.dtype == logvar.dtype,
+        input_strides=(inputs[0] and inputs[0].strides, inputs[1] and inputs[1].strides),
+        z_strides=z.strides,
+    )
+
+
+def _like(meta: TensorMeta, dtype: torch.dtype | None = None) -> TensorMeta:
+    """Of torch.empty_like."""
+    made = torch.empty_like(torch.empty_strided(meta.shape, meta.strides, device="meta"))
+    return meta._replace(strides=made.stride(), dtype=dtype or meta.dtype)
+
+
+def _half_metas(inputs: list[Any], dim: int | None, *, gradients: bool) -> tuple[TensorMeta, TensorMeta]:
+    """Of mu and logvar, or of the buffers for their gradients."""
+    first, second = (_like(meta) if gradients and meta is not None else meta for meta in inputs)
+    if dim is None:
+        return first, second
+    halves = torch.empty_strided(first.shape, first.strides, device="meta").chunk(2, dim)
+    mu, logvar = (first._replace(shape=half.shape, strides=half.stride()) for half in halves)
+    return mu, logvar
 
 
 class ReparamKLFunction(torch.autograd.Function):
-    """(site, noise, mu, logvar) -> (z, kl); kl is None unless the site has `with_kl`.
+    """(plan, noise, mu, logvar) -> (z, kl); kl is None unless the plan has it.
 
-    Where it has `dim`, mu holds both, and there is no logvar: they are read where they are, and their gradients are
-    written side by side into one tensor.
+    Where the plan has `dim`, mu holds both, and there is no logvar: they are read where they are, and their gradients
+    are written side by side into one tensor.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, site: Site, noise: Noise, first: Tensor, second: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(ctx: Any, at: Plan, noise: Noise, first: Tensor, second: Tensor | None) -> tuple[Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
-        mu, logvar = _halves(first, second, site.dim)
-        same = mu.dtype == logvar.dtype  # to name the dtype takes as long as the memory
-        z = torch.empty_like(mu) if same else torch.empty_like(mu, dtype=torch.promote_types(mu.dtype, logvar.dtype))
-        kl, saved = site.room.reparam_kl_fwd(mu, logvar, noise, z, site.logvar_clamp, site.notes, with_kl=site.with_kl)
-        ctx.site = site
-        # drawn noise lives on in what the fallback saves; a seed is saved, so that autograd finds one that has changed
-        # before the noise is drawn again
+        mu, logvar = (first, second) if at.dim is None else first.chunk(2, at.dim)
+        assert logvar is not None
+        # to name the dtype takes as long as the memory
+        z = (
+            torch.empty_like(mu)
+            if at.same_dtype
+            else torch.empty_like(mu, dtype=torch.promote_types(mu.dtype, logvar.dtype))
+        )
+        kl, saved = at.backend.reparam_kl_fwd(at.launches, mu, logvar, noise, z)
+        ctx.plan = at
+        # noise that was drawn is part of what the fallback saves; a seed tensor is saved, so that autograd notices when
+        # it has changed before the noise is drawn again
         seed, ctx.offset = (None, None) if isinstance(noise, Tensor) else noise
         ctx.seed = None if isinstance(seed, Tensor) else seed
         ctx.save_for_backward(first, second, None if seed is ctx.seed else seed, *saved)
@@ -46,24 +112,25 @@ class ReparamKLFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        dz, dkl = upstream = with_memory(upstream)
+        dz, dkl = upstream = materialize_grads(upstream, contiguous=False)
+        at: Plan = ctx.plan
         first, second, seed, *saved = ctx.saved_tensors
-        site, dim = ctx.site, ctx.site.dim
         noise = None if ctx.offset is None else PhiloxNoise(ctx.seed if seed is None else seed, ctx.offset)
-        inputs, wanted = (first, second), ctx.needs_input_grad[2:]
+        wanted = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():  # create_graph=True: the kernels are not differentiable, the reference is
-            separate = apart(inputs)
-            mu, logvar = _halves(separate[0], separate[1], dim)
-            spread = site.room.spread(mu, logvar, saved, noise, site.logvar_clamp)
-            outputs = reference.resample_kl(mu, logvar, spread, site.logvar_clamp)
+            separate = alias_inputs((first, second))
+            mu, logvar = separate if at.dim is None else separate[0].chunk(2, at.dim)  # type: ignore[union-attr]
+            scaled_noise = at.backend.scaled_noise(mu, logvar, saved, noise, at.logvar_clamp)
+            outputs = reference.resample_kl(mu, logvar, scaled_noise, at.logvar_clamp)  # type: ignore[arg-type]
             return None, None, *gradients_through(outputs, upstream, separate, wanted)
-        mu, logvar = _halves(first, second, dim)
+        first = with_strides(first, at.input_strides[0])
+        second = None if second is None else with_strides(second, at.input_strides[1])
+        dz = None if dz is None else with_strides(dz, at.z_strides)
         dfirst = torch.empty_like(first) if wanted[0] else None
-        dsecond = torch.empty_like(second) if wanted[1] else None
-        dmu, dlogvar = _halves(dfirst, dsecond, dim)
-        site.room.reparam_kl_bwd(mu, logvar, saved, dz, dkl, dmu, dlogvar, noise, site.logvar_clamp, site.notes)
+        dsecond = torch.empty_like(second) if wanted[1] else None  # type: ignore[arg-type]
+        mu, logvar, dmu, dlogvar = first, second, dfirst, dsecond
+        if at.dim is not None:
+            mu, logvar = first.chunk(2, at.dim)
+            dmu, dlogvar = dfirst.chunk(2, at.dim) if dfirst is not None else (None, None)
+        at.backend.reparam_kl_bwd(at.launches, mu, logvar, saved, dz, dkl, dmu, dlogvar, noise)
         return None, None, dfirst, dsecond
-
-
-def _halves(first: Any, second: Any, dim: int | None) -> Any:
-    return (first, second) if dim is None else first.chunk(2, dim)

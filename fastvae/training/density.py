@@ -52,7 +52,7 @@ class Density(NamedTuple):
             scale = torch.as_tensor(likelihood.log_scale, dtype=torch.float64, device="cpu")
             if scale.numel() != 1:
                 raise ValueError(f"the likelihood must have one scale; got a tensor of shape {tuple(scale.shape)}.")
-            share, log_scale = likelihood.share, float(likelihood.clipped(scale.detach().reshape(())))
+            share, log_scale = likelihood.nll_weight, likelihood.clipped(float(scale.detach()))
             counted = share * log_scale + likelihood.constant
         u = torch.linspace(-_FURTHEST, _FURTHEST, _N_POINTS, dtype=torch.float64)
         step = math.exp(log_scale) * u.cosh()

@@ -218,7 +218,7 @@ def best_log_scale(error: float, n_elements: int) -> float:
 def nats_at_scale(likelihood: Gaussian | Scaled, log_scale: float, error: float, n_elements: int) -> float:
     """Nats of elements whose errors sum up to `error`."""
     s = likelihood.clipped(log_scale)
-    return float(likelihood.share) * (error * math.exp(-s) + n_elements * s) + n_elements * likelihood.constant
+    return float(likelihood.nll_weight) * (error * math.exp(-s) + n_elements * s) + n_elements * likelihood.constant
 
 
 def require_finite(images: Tensor, words: str) -> None:

@@ -5,7 +5,7 @@ at run time.
 import math
 import struct
 from collections.abc import Sequence
-from functools import lru_cache
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -13,11 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .types import TensorMeta, compute_dtype
+
 _TILE_BYTES = 4096  # four warps of 32 threads with two 16-byte accesses each: enough bytes in flight, few registers
 ONE_TILE_EACH = 1 << 62  # programs: no limit
 MAX_PROGRAMS = 1 << 14  # beyond, a program takes several tiles, so that the partial sums stay few
 _MAX_INNER_DIMS = 4  # with the row, five dimensions are read in place, whatever their strides
 NUM_WARPS = 4
+_NO_CONTEXT = nullcontext()
 _FLOAT64, _INT64 = struct.Struct("d"), struct.Struct("q")
 
 
@@ -50,41 +53,6 @@ def tile(n_rows: int, n_cols: int, element_size: int, *, max_programs: int = MAX
     return Tile(size // cols, cols, steps, -(-tiles // steps))
 
 
-def first(tensors: Sequence[Tensor | None]) -> Tensor:
-    """The first that is there."""
-    for t in tensors:
-        if t is not None:
-            return t
-    raise ValueError("no tensor came")
-
-
-class Meta(NamedTuple):
-    """What a launch has to know of a tensor beforehand."""
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: torch.dtype
-
-
-Key = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
-
-
-def keys(tensors: Sequence[Tensor | None]) -> tuple[Key | None, ...]:
-    """Of each tensor what makes its meta: under these, plans of launches are kept, because to make one takes longer
-    than a launch. Plain tuples, because to name their fields takes as long again.
-    """
-    return tuple([None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors])
-
-
-def strides_of(tensors: Sequence[Tensor | None]) -> tuple[tuple[int, ...] | None, ...]:
-    """The same where shapes and dtypes are known."""
-    return tuple([None if t is None else t.stride() for t in tensors])
-
-
-def metas(keys: Sequence[Key | None]) -> list[Meta | None]:
-    return [None if key is None else Meta(*key) for key in keys]
-
-
 class Layout(NamedTuple):
     """Tensors of one shape as [n_rows, n_cols], each with (row stride, inner strides...).
 
@@ -98,8 +66,8 @@ class Layout(NamedTuple):
     strides: list[tuple[int, ...]]
 
 
-def layout(tensors: Sequence[Meta | None], *, by_sample: bool, c_order: bool) -> Layout:
-    """Collapse the dimensions of tensors of one shape, told by their metas, into as few as all of their strides allow.
+def layout(tensors: Sequence[TensorMeta | None], *, by_sample: bool, c_order: bool) -> Layout:
+    """Collapse the dimensions of tensors of one shape into as few as all of their strides allow.
 
     Rows are samples if `by_sample`; else one row if the tensors allow it. Columns run in C order if `c_order` (noise
     is numbered so), else in the order of the first tensor's memory. Tensors of more than five dimensions must be
@@ -147,30 +115,26 @@ class Geometry(NamedTuple):
     steps: Any
     dtype: Any  # of arithmetic
 
-
-class Part(NamedTuple):
-    """One kind of work of a launch; no programs where there is none."""
-
-    at: Geometry
-    programs: int
-    n_rows: int
-    n_partials: int  # of a row
+    @property
+    def programs(self) -> int:
+        return -(-self.n_rows // self.block_rows.value) * self.n_col_programs
 
 
-def part(tensors: Any, wanted: bool, by_sample: bool, max_programs: int = MAX_PROGRAMS) -> Part:
-    """Work on a named tuple of tensors of one shape, told by their metas; the first decides the order."""
+def make_geometry(tensors: Any, by_sample: bool, max_programs: int = MAX_PROGRAMS) -> Geometry:
+    """Layout and tiles of a named tuple of tensors of one shape, inputs and gradient buffers; the first decides the
+    order of elements. Without a first one, or without elements, there are no programs.
+    """
     kind: Any = type(tensors)
     first = tensors[0]
-    if not wanted or first is None or 0 in first.shape:
-        no_tile = map(tl.constexpr, (1, 8, 1, tl.float32))
-        return Part(Geometry(kind(*[()] * len(tensors)), None, 0, 0, 0, *no_tile), 0, 0, 1)
+    dtype = tl.constexpr(triton_dtype(compute_dtype(*tensors)))
+    if first is None or 0 in first.shape:
+        return Geometry(kind(*[()] * len(tensors)), None, 0, 0, 1, *map(tl.constexpr, (1, 8, 1)), dtype)
     n_rows, n_cols, sizes, by_tensor = layout(tensors, by_sample=by_sample, c_order=False)
     t = tile(n_rows, n_cols, first.dtype.itemsize, max_programs=max_programs)
-    if by_tensor[0][0] == 1 < n_rows:  # rows lie side by side, as the dimensions of latents do: so do lanes
+    if by_tensor[0][0] == 1 < n_rows:  # rows are adjacent in memory, as latent dimensions are: so are lanes
         t = _tall(t, n_rows, n_cols, max_programs)
-    constants = map(tl.constexpr, (t.rows, t.cols, t.steps, triton_dtype(accumulator(*tensors))))
-    at = Geometry(kind(*by_tensor), sizes, n_rows, n_cols, t.col_programs, *constants)
-    return Part(at, t.programs(n_rows), n_rows, t.col_programs)
+    constants = map(tl.constexpr, (t.rows, t.cols, t.steps))
+    return Geometry(kind(*by_tensor), sizes, n_rows, n_cols, t.col_programs, *constants, dtype)
 
 
 def _tall(t: Tile, n_rows: int, n_cols: int, max_programs: int) -> Tile:
@@ -181,11 +145,6 @@ def _tall(t: Tile, n_rows: int, n_cols: int, max_programs: int) -> Tile:
     tiles = -(-n_cols // cols)
     steps = power_of_2(-(-tiles // max_programs))
     return Tile(size // cols, cols, steps, -(-tiles // steps))
-
-
-def accumulator(*tensors: Tensor | Meta | None) -> torch.dtype:
-    """Dtype of arithmetic and of sums."""
-    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def _adjacent(dim: tuple[int, ...]) -> bool:
@@ -213,23 +172,23 @@ def element_offsets(
 
 
 @triton.jit
-def pointers(ptr, strides, at, rows, cols, absent):
+def pointers(ptr, strides, geometry, rows, cols, absent):
     """To a tile's elements; `absent`, which nobody reads, where there is no tensor: a tuple cannot hand on None."""
-    return absent if ptr is None else ptr + element_offsets(rows, cols, strides, at.sizes)
+    return absent if ptr is None else ptr + element_offsets(rows, cols, strides, geometry.sizes)
 
 
 @triton.jit
-def place(pid, at):
+def tile_origin(pid, geometry):
     """First row and first column of a program, and its rows, [block_rows, 1]."""
-    first_row = (pid // at.n_col_programs) * at.block_rows
-    first_col = (pid % at.n_col_programs) * (at.block_cols * at.steps)
-    return first_row, first_col, first_row + tl.arange(0, at.block_rows)[:, None]
+    first_row = (pid // geometry.n_col_programs) * geometry.block_rows
+    first_col = (pid % geometry.n_col_programs) * (geometry.block_cols * geometry.steps)
+    return first_row, first_col, first_row + tl.arange(0, geometry.block_rows)[:, None]
 
 
 @triton.jit
-def is_whole(first_row, first_col, at):
+def full_tile(first_row, first_col, geometry):
     """Whether a tile lies within the tensors: then it needs no mask, which would narrow its accesses."""
-    return (first_row + at.block_rows <= at.n_rows) & (first_col + at.block_cols <= at.n_cols)
+    return (first_row + geometry.block_rows <= geometry.n_rows) & (first_col + geometry.block_cols <= geometry.n_cols)
 
 
 @triton.jit
@@ -240,19 +199,21 @@ def load(ptrs, mask, DTYPE: tl.constexpr, other=0.0):
 
 
 @triton.jit
-def scalar(x, DTYPE: tl.constexpr):
+def unpack_f64(x, DTYPE: tl.constexpr):
     """A number from the host (a pointer to it, or the bits of a float64) in the dtype of arithmetic."""
     value = tl.load(x) if x.dtype.is_ptr() else x.to(tl.int64).to(tl.float64, bitcast=True)
     return value.to(DTYPE)
 
 
-def host_scalar(x: float | Tensor | None) -> int | Tensor | None:
-    """What `scalar` takes. The bits, because a float argument arrives on a GPU rounded to float32."""
-    return x if x is None or isinstance(x, Tensor) else _bits(x)
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Kernels are launched on the current device: make it the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else _NO_CONTEXT
 
 
-@lru_cache(maxsize=64)
-def _bits(x: float) -> int:
+def pack_f64(x: float | Tensor | None) -> int | Tensor | None:
+    """What `unpack_f64` takes: the bits of a float, because a float argument arrives on a GPU rounded to float32."""
+    if x is None or isinstance(x, Tensor):
+        return x
     bits: int = _INT64.unpack(_FLOAT64.pack(x))[0]
     return bits
 

@@ -2,46 +2,32 @@
 programs read the upstream gradient and leave at once if that is what the forward pass took it for.
 """
 
-import math
-from functools import lru_cache
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._tile import (
-    NUM_WARPS,
-    ONE_TILE_EACH,
-    Part,
-    first,
-    host_scalar,
-    is_whole,
-    keys,
-    load,
-    metas,
-    part,
-    place,
-    scalar,
-    strides_of,
-    triton_dtype,
-)
+from ._tile import NUM_WARPS, full_tile, load, on_device, pack_f64, tile_origin, triton_dtype, unpack_f64
+from .elbo_samples import sample_gradients
 from .images import Images, image_pointers, image_tile
-from .latents import Latents, bounds_of, latent_gradient_tile, latent_pointers
-from .likelihoods import likelihood
+from .latents import Latents, latent_gradient_tile, latent_pointers
+from .plan import ElboPlan
+from .samples import Samples
+from .types import ElboNumbers, ElboTensors
 
-_MAX_IMAGE_PROGRAMS = 1 << 10  # few, so that leaving at once costs next to nothing; each walks over its share
 _KL_BLOCK = 1024
 
 
 class Upstream(NamedTuple):
-    """Gradients of the outputs, or their strides: [n_rows], or one for all at stride 0. None: no gradient came."""
+    """Gradients of the outputs, or their strides: [n_rows], or one for all at stride 0. None: none was given."""
 
     loss: Any
     recon: Any
     kl: Any
-    floored: Any
+
+
+_STRIDES = {False: Upstream(0, 0, 0), True: Upstream(1, 1, 1)}
 
 
 @triton.jit
@@ -49,10 +35,10 @@ def _coefficient(weight, scale, dloss_ptr, dterm_ptr, dloss_stride, dterm_stride
     """(weight * dloss + dterm) * scale of each row: the gradient of the sum that a term is made of."""
     coefficient = tl.zeros(rows.shape, DTYPE)
     if dloss_ptr is not None:
-        coefficient += scalar(weight, DTYPE) * load(dloss_ptr + rows * dloss_stride, rows < n_rows, DTYPE)
+        coefficient += unpack_f64(weight, DTYPE) * load(dloss_ptr + rows * dloss_stride, rows < n_rows, DTYPE)
     if dterm_ptr is not None:
         coefficient += load(dterm_ptr + rows * dterm_stride, rows < n_rows, DTYPE)
-    return coefficient * scalar(scale, DTYPE)
+    return coefficient * unpack_f64(scale, DTYPE)
 
 
 @triton.jit
@@ -69,89 +55,99 @@ def _rescale_tile(images, ptrs, factor, mask, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _factor(recon_weight, row_weight, upstream, strides, coefficient, rows, at):
+def _held_factor(recon_weight, upstream, strides, coefficients, rows, geometry):
     """What the gradient that the forward pass wrote has to be multiplied by, each row; 1 in rows outside."""
-    mask = rows < at.n_rows
-    if row_weight is None:
-        factor = tl.zeros(rows.shape, at.dtype)
-        if upstream.loss is not None:
-            factor += load(upstream.loss + rows * strides.loss, mask, at.dtype)
-        if upstream.recon is not None:
-            factor += load(upstream.recon + rows * strides.recon, mask, at.dtype) / scalar(recon_weight, at.dtype)
+    mask = rows < geometry.n_rows
+    factor = tl.zeros(rows.shape, geometry.dtype)
+    if coefficients is not None:
+        factor += load(coefficients.held + rows, mask, geometry.dtype)
     else:
-        written = load(row_weight + rows, mask, at.dtype)
-        # equal where both are 0, too
-        factor = tl.where(coefficient == written, 1.0, coefficient / tl.where(coefficient == written, 1.0, written))
+        if upstream.loss is not None:
+            factor += load(upstream.loss + rows * strides.loss, mask, geometry.dtype)
+        if upstream.recon is not None:
+            written = unpack_f64(recon_weight, geometry.dtype)
+            factor += load(upstream.recon + rows * strides.recon, mask, geometry.dtype) / written
     return tl.where(mask, factor, 1.0)
 
 
 @triton.jit
 def _image_program(
-    pid, images, likelihood, at, upstream, strides, recon_weight, row_weight, recon_scale, HELD: tl.constexpr
+    pid, images, likelihood, geometry, upstream, strides, recon_weight, recon_scale, coefficients, HELD: tl.constexpr
 ):
-    first_row, first_col, rows = place(pid, at)
-    coefficient = _coefficient(
-        *(recon_weight, recon_scale, upstream.loss, upstream.recon, strides.loss, strides.recon),
-        *(rows, at.n_rows, at.dtype),
-    )
-    n_steps = at.steps
+    first_row, first_col, rows = tile_origin(pid, geometry)
+    if coefficients is None:
+        coefficient = _coefficient(
+            recon_weight,
+            recon_scale,
+            upstream.loss,
+            upstream.recon,
+            strides.loss,
+            strides.recon,
+            rows,
+            geometry.n_rows,
+            geometry.dtype,
+        )
+    else:
+        coefficient = load(coefficients.error + rows, rows < geometry.n_rows, geometry.dtype)
+    n_steps = geometry.steps
     factor = coefficient
     exact = False
     if HELD:
-        factor = _factor(recon_weight, row_weight, upstream, strides, coefficient, rows, at)
+        factor = _held_factor(recon_weight, upstream, strides, coefficients, rows, geometry)
         # gradient 1: every row is as the forward pass left it
-        n_steps = tl.where(tl.sum((factor != 1.0).to(tl.int32)) == 0, 0, at.steps)
+        n_steps = tl.where(tl.sum((factor != 1.0).to(tl.int32)) == 0, 0, geometry.steps)
         exact = True
         if images.target is not None:
             if images.drecon.dtype.element_ty.primitive_bitwidth < 32:
                 # a power of two moves the exponent alone; any other factor would round a second time
                 mantissa = factor.to(tl.int32, bitcast=True) & 0x007FFFFF
                 exact = tl.sum((mantissa != 0).to(tl.int32)) == 0
-            if row_weight is not None:  # what was written under a weight of 0 tells nothing
-                exact = exact & (tl.sum((tl.abs(factor) == float("inf")).to(tl.int32)) == 0)
     for _ in range(n_steps):
-        cols = first_col + tl.arange(0, at.block_cols)[None, :]
-        mask = (rows < at.n_rows) & (cols < at.n_cols)
-        ptrs = image_pointers(images, at, rows, cols)
-        whole = is_whole(first_row, first_col, at)
+        cols = first_col + tl.arange(0, geometry.block_cols)[None, :]
+        mask = (rows < geometry.n_rows) & (cols < geometry.n_cols)
+        ptrs = image_pointers(images, geometry, rows, cols)
+        whole = full_tile(first_row, first_col, geometry)
         if exact:
             if HELD:
                 if whole:
-                    _rescale_tile(images, ptrs, factor, None, at.dtype)
+                    _rescale_tile(images, ptrs, factor, None, geometry.dtype)
                 else:
-                    _rescale_tile(images, ptrs, factor, mask, at.dtype)
+                    _rescale_tile(images, ptrs, factor, mask, geometry.dtype)
         elif images.target is None:  # recon is gone: its gradient took its place
             pass
         elif whole:
-            image_tile(images, ptrs, likelihood, coefficient, None, at.dtype)
+            image_tile(images, ptrs, likelihood, coefficient, None, geometry.dtype)
         else:
-            image_tile(images, ptrs, likelihood, coefficient, mask, at.dtype)
-        first_col += at.block_cols
+            image_tile(images, ptrs, likelihood, coefficient, mask, geometry.dtype)
+        first_col += geometry.block_cols
 
 
 @triton.jit
-def _latent_program(pid, latents, bounds, at, upstream, strides, beta, kl_scale):
-    first_row, first_col, rows = place(pid, at)
-    cols = first_col + tl.arange(0, at.block_cols)[None, :]
-    if bounds.floor is None:
+def _latent_program(pid, latents, bounds, geometry, upstream, strides, beta, kl_scale, coefficients):
+    first_row, first_col, rows = tile_origin(pid, geometry)
+    cols = first_col + tl.arange(0, geometry.block_cols)[None, :]
+    of_free_bits = 0.0
+    if coefficients is not None:
+        coefficient = load(coefficients.kl + rows, rows < geometry.n_rows, geometry.dtype)
+        if bounds.free_bits is not None:
+            of_free_bits = load(coefficients.free_bits + rows, rows < geometry.n_rows, geometry.dtype)
+    elif bounds.free_bits is None:
         coefficient = _coefficient(
-            *(beta, kl_scale, upstream.loss, upstream.kl, strides.loss, strides.kl, rows, at.n_rows, at.dtype)
+            beta, kl_scale, upstream.loss, upstream.kl, strides.loss, strides.kl, rows, geometry.n_rows, geometry.dtype
         )
-        of_floored = 0.0
     else:
         coefficient = _coefficient(
-            *(beta, kl_scale, None, upstream.kl, strides.loss, strides.kl, rows, at.n_rows, at.dtype)
+            beta, kl_scale, None, upstream.kl, strides.loss, strides.kl, rows, geometry.n_rows, geometry.dtype
         )
-        of_floored = _coefficient(
-            *(beta, kl_scale, upstream.loss, upstream.floored, strides.loss, strides.floored),
-            *(rows, at.n_rows, at.dtype),
+        of_free_bits = _coefficient(
+            beta, kl_scale, upstream.loss, None, strides.loss, strides.kl, rows, geometry.n_rows, geometry.dtype
         )
-    ptrs = latent_pointers(latents, at, rows, cols)
-    if is_whole(first_row, first_col, at):
-        latent_gradient_tile(latents, ptrs, bounds, coefficient, of_floored, None, at.dtype)
+    ptrs = latent_pointers(latents, geometry, rows, cols)
+    if full_tile(first_row, first_col, geometry):
+        latent_gradient_tile(latents, ptrs, bounds, coefficient, of_free_bits, None, geometry.dtype)
     else:
-        mask = (rows < at.n_rows) & (cols < at.n_cols)
-        latent_gradient_tile(latents, ptrs, bounds, coefficient, of_floored, mask, at.dtype)
+        mask = (rows < geometry.n_rows) & (cols < geometry.n_cols)
+        latent_gradient_tile(latents, ptrs, bounds, coefficient, of_free_bits, mask, geometry.dtype)
 
 
 @triton.jit
@@ -165,18 +161,18 @@ def _kl_program(pid, upstream, strides, beta, kl_scale, dkl_ptr, n_kl, BLOCK_SIZ
 def _elbo_bwd_kernel(
     upstream,  # Upstream: pointers
     upstream_strides,  # Upstream
+    coefficients,  # SampleCoefficients; None: upstream, numbers and scales tell them
     recon_weight,  # bits of a float64 or pointer, as is beta
     beta,
     recon_scale,  # bits of a float64, as is kl_scale
     kl_scale,
     images,  # Images: pointers; no image gradient wanted where recon is None
     likelihood,  # Likelihood
-    image_at,  # Geometry
+    image_geometry,  # Geometry
     image_programs,  # programs from here on have latents
-    row_weight,  # [image_rows]: what the forward pass multiplied gradients by; None: recon_weight * recon_scale
     latents,  # Latents: pointers; no latent gradient wanted where mu is None
     bounds,  # Bounds
-    latent_at,  # Geometry
+    latent_geometry,  # Geometry
     latent_programs,  # programs from here on have values of kl
     dkl_ptr,  # [n_kl], written; None: not wanted
     n_kl,
@@ -188,91 +184,130 @@ def _elbo_bwd_kernel(
     if pid < image_programs:
         if images.recon is not None:
             _image_program(
-                *(pid, images, likelihood, image_at, upstream, upstream_strides),
-                *(recon_weight, row_weight, recon_scale, HELD),
+                pid,
+                images,
+                likelihood,
+                image_geometry,
+                upstream,
+                upstream_strides,
+                recon_weight,
+                recon_scale,
+                coefficients,
+                HELD,
             )
     elif pid < latent_programs:
         if latents.mu is not None:
-            latent_pid = pid - image_programs
-            _latent_program(latent_pid, latents, bounds, latent_at, upstream, upstream_strides, beta, kl_scale)
+            _latent_program(
+                pid - image_programs,
+                latents,
+                bounds,
+                latent_geometry,
+                upstream,
+                upstream_strides,
+                beta,
+                kl_scale,
+                coefficients,
+            )
     elif dkl_ptr is not None:
         kl_pid = pid - latent_programs
         _kl_program(kl_pid, upstream, upstream_strides, beta, kl_scale, dkl_ptr, n_kl, KL_BLOCK, KL_DTYPE)
 
 
-class _Plan(NamedTuple):
-    """A backward pass but for its tensors and weights."""
-
-    image: Part
-    latent: Part
-    likelihood: Any
-    bounds: Any
-    strides: Upstream
-    factors: tuple[Any, Any]  # recon_scale, kl_scale
-    programs: int
-    n_kl: int
-    kl_dtype: tl.dtype
-
-
-@lru_cache(maxsize=1024)
-def _plan(of: Any, of_upstream: Any, of_gradients: Any, constants: tuple[Any, ...], max_image_programs: int) -> _Plan:
-    recon, target, log_scale, mu, logvar, prior_mu, prior_logvar, _, mask = metas(of)
-    drecon, dtarget, dlog_scale, dmu, dlogvar, dprior_mu, dprior_logvar, dkl, _ = metas(of_gradients)
-    recon_scale, _, kl_scale, per_sample, logvar_clamp, error, floor = constants
-    images = Images(recon or drecon, target, log_scale, mask, drecon, dtarget, dlog_scale)
-    latents = Latents(mu, logvar, prior_mu, prior_logvar, dmu, dlogvar, dprior_mu, dprior_logvar)
-    image = part(images, any((drecon, dtarget, dlog_scale)), per_sample, max_image_programs)
-    latent = part(latents, any(latents[4:]), per_sample, ONE_TILE_EACH)
-    n_kl = 0 if dkl is None else math.prod(dkl.shape)
-    return _Plan(
-        *(image, latent, likelihood(error, images.recon, target)),
-        bounds_of(logvar_clamp, floor),
-        Upstream(*(t.strides[0] if t is not None and t.shape else 0 for t in metas(of_upstream))),
-        (host_scalar(recon_scale), host_scalar(kl_scale)),
-        image.programs + latent.programs + triton.cdiv(n_kl, _KL_BLOCK),
-        n_kl,
-        tl.float32 if dkl is None else triton_dtype(dkl.dtype),
-    )
-
-
 def elbo_bwd(
-    tensors: Any,
-    upstream: tuple[Tensor | None, ...],
-    gradients: Any,
-    options: Any,
-    notes: dict[Any, Any],
+    plan: ElboPlan,
+    tensors: ElboTensors,
+    numbers: ElboNumbers,
+    saved: tuple[Tensor, ...],
+    upstream: tuple[Tensor | None, Tensor | None, Tensor | None],
+    gradients: ElboTensors,
+    number_gradients: ElboNumbers,
     *,
-    holds_forward_gradient: bool,
-) -> None:
-    """Write the gradients that are asked for, given those of (loss, recon term, KL term, KL term under the floor).
+    held: bool,
+) -> tuple[ElboTensors, ElboNumbers]:
+    """Return the gradients that are wanted, given those of (loss, recon term, KL term).
 
-    gradients: buffers in the places of what they are gradients of. If `holds_forward_gradient`, those of recon and
-        log_scale already hold what `elbo_fwd` wrote there and are only scaled, where that is exact or where recon is
-        gone (None, as is target).
+    Args:
+        plan, tensors, numbers: Those of the forward pass; recon and target are None if the gradient overwrote recon.
+        saved: Returned by `elbo_fwd`.
+        upstream: Contiguous.
+        gradients, number_gradients: Buffers in the places of the inputs; None where no gradient is wanted.
+        held: The buffers of recon and log_scale hold what `elbo_fwd` wrote. They are only scaled, where that is exact
+            or where recon is gone.
     """
-    recon, target, log_scale, mu, logvar, prior_mu, prior_logvar, _, mask = tensors
-    drecon, dtarget, dlog_scale, dmu, dlogvar, dprior_mu, dprior_logvar, dkl, _ = gradients
-    # a hook may bring saved tensors back with other strides
-    kind = strides_of((*tensors, *upstream, *gradients))
-    if (plan := notes.get(kind)) is None:
-        of = keys(tensors), keys(upstream), keys(gradients)
-        plan = notes[kind] = _plan(*of, options.constants, _MAX_IMAGE_PROGRAMS)
-    if not plan.programs:
+    with on_device(plan.device):
+        _launch(plan, tensors, numbers, saved, upstream, gradients, number_gradients, held)
+    return gradients, number_gradients
+
+
+def seen_numbers(plan: ElboPlan, saved: tuple[Tensor, ...], numbers: ElboNumbers) -> ElboNumbers:
+    """The numbers as the forward pass saw them: tensors may have changed since."""
+    if not saved:
+        return numbers
+    if plan.samples is None:
+        recon_weight, beta = saved[0].unbind()
+        seen = ElboNumbers(beta, recon_weight, None)
+    else:
+        recon_weight, beta, capacity, *_ = saved[1].unbind()
+        seen = ElboNumbers(beta, recon_weight, capacity)
+    return ElboNumbers(*(s if isinstance(n, Tensor) else n for n, s in zip(numbers, seen, strict=True)))
+
+
+def _launch(
+    plan: ElboPlan,
+    tensors: ElboTensors,
+    numbers: ElboNumbers,
+    saved: tuple[Tensor, ...],
+    upstream: tuple[Tensor | None, Tensor | None, Tensor | None],
+    gradients: ElboTensors,
+    number_gradients: ElboNumbers,
+    held: bool,
+) -> None:
+    recon, target, log_scale, extra_map, mu, logvar, prior_mu, prior_logvar, mask, _, *per_sample = tensors
+    drecon, dtarget, dlog_scale, dextra_map, dmu, dlogvar, dprior_mu, dprior_logvar, _, dkl, *by_sample = gradients
+    beta = recon_weight = None
+    coefficients = None
+    if plan.samples is not None:
+        coefficients = sample_gradients(
+            plan.samples, Samples(*per_sample), saved, upstream, Samples(*by_sample, dkl), number_gradients
+        )
+        dkl = None
+    else:
+        beta, recon_weight, _ = seen_numbers(plan, saved, numbers)
+    no_image = drecon is None and dtarget is None and dlog_scale is None and dextra_map is None
+    no_latent = dmu is None and dlogvar is None and dprior_mu is None and dprior_logvar is None
+    image_programs = 0 if no_image else plan.image_programs_bwd
+    latent_programs = image_programs + (0 if no_latent else plan.latent_programs_bwd)
+    programs = latent_programs + (0 if dkl is None else -(-plan.n_kl // _KL_BLOCK))
+    if not programs:
         return
     recon = drecon if recon is None else recon
-    images = Images(recon, target, log_scale, mask, drecon, dtarget, dlog_scale)
-    latents = Latents(mu, logvar, prior_mu, prior_logvar, dmu, dlogvar, dprior_mu, dprior_logvar)
-    image, latent = plan.image, plan.latent
-    with torch.cuda.device_of(first(gradients)):
-        _elbo_bwd_kernel[(plan.programs,)](
-            *(Upstream(*upstream), plan.strides, host_scalar(options.recon_weight), host_scalar(options.beta)),
-            *plan.factors,
-            *(images if image.programs else Images(), plan.likelihood, image.at, image.programs, options.row_weight),
-            *(latents if latent.programs else Latents(), plan.bounds, latent.at, image.programs + latent.programs),
-            *(dkl, plan.n_kl),
-            HELD=holds_forward_gradient,
-            KL_BLOCK=_KL_BLOCK,
-            KL_DTYPE=plan.kl_dtype,
-            num_warps=NUM_WARPS,
-            enable_fp_fusion=True,
-        )
+    images, latents = Images(), Latents()
+    if image_programs:
+        images = Images(recon, target, log_scale, mask, extra_map, drecon, dtarget, dlog_scale, dextra_map)
+    if latent_programs > image_programs:
+        latents = Latents(mu, logvar, prior_mu, prior_logvar, dmu, dlogvar, dprior_mu, dprior_logvar)
+    recon_scale, _, kl_scale = plan.factors
+    _elbo_bwd_kernel[(programs,)](
+        upstream=Upstream(*upstream),
+        upstream_strides=_STRIDES[plan.shape != ()],
+        coefficients=coefficients,
+        recon_weight=pack_f64(recon_weight),
+        beta=pack_f64(beta),
+        recon_scale=recon_scale,
+        kl_scale=kl_scale,
+        images=images,
+        likelihood=plan.likelihood,
+        image_geometry=plan.image_bwd,
+        image_programs=image_programs,
+        latents=latents,
+        bounds=plan.bounds,
+        latent_geometry=plan.latent_bwd,
+        latent_programs=latent_programs,
+        dkl_ptr=dkl,
+        n_kl=plan.n_kl,
+        HELD=held,
+        KL_BLOCK=_KL_BLOCK,
+        KL_DTYPE=triton_dtype(plan.dkl_dtype),
+        num_warps=NUM_WARPS,
+        enable_fp_fusion=True,
+    )

@@ -3,14 +3,14 @@
 import triton
 import triton.language as tl
 
-from ._tile import scalar
+from ._tile import unpack_f64
 
 
 @triton.jit
 def clamp(logvar, low, high, DTYPE: tl.constexpr):
     """logvar within [low, high], NaN kept; None: no clamp. Plain min and max would drop a NaN on a GPU."""
     if low is not None:
-        lo, hi = scalar(low, DTYPE), scalar(high, DTYPE)
+        lo, hi = unpack_f64(low, DTYPE), unpack_f64(high, DTYPE)
         logvar = tl.where(logvar < lo, lo, tl.where(logvar > hi, hi, logvar))
     return logvar
 
@@ -19,7 +19,7 @@ def clamp(logvar, low, high, DTYPE: tl.constexpr):
 def inside(logvar, low, high, gradient, DTYPE: tl.constexpr):
     """The gradient of a clamped logvar: 0 outside the bounds, as torch.clamp's."""
     if low is not None:
-        outside = (logvar < scalar(low, DTYPE)) | (logvar > scalar(high, DTYPE))
+        outside = (logvar < unpack_f64(low, DTYPE)) | (logvar > unpack_f64(high, DTYPE))
         gradient = tl.where(outside, 0.0, gradient)
     return gradient
 

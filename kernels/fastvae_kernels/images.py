@@ -12,26 +12,30 @@ from .gaussian import exp
 class Images(NamedTuple):
     """Tensors, or strides, of one shape. None: not there, or not wanted."""
 
-    recon: Any = None  # read, as are the next three
+    recon: Any = None  # read, as are the next four
     target: Any = None
     log_scale: Any = None
     mask: Any = None
-    drecon: Any = None  # written, as are the next two
+    extra: Any = None
+    drecon: Any = None  # written, as are the next three
     dtarget: Any = None
     dlog_scale: Any = None
+    dextra: Any = None
 
 
 @triton.jit
-def image_pointers(images, at, rows, cols):
-    recon = images.recon + element_offsets(rows, cols, at.strides.recon, at.sizes)
+def image_pointers(images, geometry, rows, cols):
+    recon = images.recon + element_offsets(rows, cols, geometry.strides.recon, geometry.sizes)
     return Images(
         recon,
-        pointers(images.target, at.strides.target, at, rows, cols, recon),
-        pointers(images.log_scale, at.strides.log_scale, at, rows, cols, recon),
-        pointers(images.mask, at.strides.mask, at, rows, cols, recon),
-        pointers(images.drecon, at.strides.drecon, at, rows, cols, recon),
-        pointers(images.dtarget, at.strides.dtarget, at, rows, cols, recon),
-        pointers(images.dlog_scale, at.strides.dlog_scale, at, rows, cols, recon),
+        pointers(images.target, geometry.strides.target, geometry, rows, cols, recon),
+        pointers(images.log_scale, geometry.strides.log_scale, geometry, rows, cols, recon),
+        pointers(images.mask, geometry.strides.mask, geometry, rows, cols, recon),
+        pointers(images.extra, geometry.strides.extra, geometry, rows, cols, recon),
+        pointers(images.drecon, geometry.strides.drecon, geometry, rows, cols, recon),
+        pointers(images.dtarget, geometry.strides.dtarget, geometry, rows, cols, recon),
+        pointers(images.dlog_scale, geometry.strides.dlog_scale, geometry, rows, cols, recon),
+        pointers(images.dextra, geometry.strides.dextra, geometry, rows, cols, recon),
     )
 
 
@@ -54,21 +58,25 @@ def image_tile(images, ptrs, likelihood, coefficient, mask, DTYPE: tl.constexpr)
         target = target + likelihood.target_shift
     selected = None if images.mask is None else load(ptrs.mask, mask, tl.int1)
     error = likelihood.error(recon, target, likelihood.parameter)
-    shrink = 1.0
+    if images.extra is not None:
+        error += load(ptrs.extra, mask, DTYPE)
+    inverse_scale = 1.0
     if images.log_scale is not None:
         log_scale = load(ptrs.log_scale, mask, DTYPE)
-        shrink = exp(-log_scale, DTYPE)
-        error *= shrink
+        inverse_scale = exp(-log_scale, DTYPE)
+        error *= inverse_scale
         if images.dlog_scale is not None:
             _store(ptrs.dlog_scale, coefficient * (1.0 - error), selected, mask)
         error += log_scale
+    if images.dextra is not None:
+        _store(ptrs.dextra, tl.zeros(recon.shape, DTYPE) + coefficient * inverse_scale, selected, mask)
     if images.drecon is not None or images.dtarget is not None:
         drecon, dtarget = likelihood.gradient(recon, target, likelihood.parameter)
         if images.drecon is not None:
-            drecon = coefficient * (drecon if images.log_scale is None else drecon * shrink)
+            drecon = coefficient * (drecon if images.log_scale is None else drecon * inverse_scale)
             _store(ptrs.drecon, drecon, selected, mask)
         if images.dtarget is not None:
-            dtarget = coefficient * (dtarget if images.log_scale is None else dtarget * shrink)
+            dtarget = coefficient * (dtarget if images.log_scale is None else dtarget * inverse_scale)
             _store(ptrs.dtarget, dtarget, selected, mask)
     if selected is not None:
         error = tl.where(selected, error, 0.0)

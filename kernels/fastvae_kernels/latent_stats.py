@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._tile import NUM_WARPS, accumulator, element_offsets, host_scalar, keys, layout, load, metas, scalar, triton_dtype
+from ._tile import NUM_WARPS, element_offsets, layout, load, pack_f64, triton_dtype, unpack_f64
 from .gaussian import clamp, exp, twice_kl_element
+from .types import compute_dtype, meta_of
 
 _LINE_BYTES = 128  # of a cache: rows of a tile are as long where the latents are
 _TILE_BYTES = 4096
@@ -63,7 +64,7 @@ def _add_tile(mu_ptrs, logvar_ptrs, mask, low, high, n_first_rows, stats, DTYPE:
     distance = mu - shift
     nonfinite += tl.where(_finite(mu, DTYPE), 0, 1) + tl.where(_finite(logvar, DTYPE), 0, 1)
     if low is not None:
-        outside = (logvar < scalar(low, DTYPE)) | (logvar > scalar(high, DTYPE))
+        outside = (logvar < unpack_f64(low, DTYPE)) | (logvar > unpack_f64(high, DTYPE))
         clamped += (outside if mask is None else outside & mask).to(tl.int32)
     logvar = clamp(logvar, low, high, DTYPE)
     kl = twice_kl_element(mu, logvar, exp(0.5 * logvar, DTYPE), DTYPE)
@@ -191,12 +192,12 @@ def latent_stats(
     """(kl, mean, variance) of dimensions and how many are active, how many numbers not finite, how many logvar
     clamped.
     """
-    dtype = accumulator(mu, logvar)
+    dtype = compute_dtype(mu, logvar)
     kl, mean, variance = (mu.new_empty(mu.shape[1:], dtype=dtype) for _ in range(3))
     if mu.numel() == 0:
         counts = mu.new_zeros(3, dtype=torch.int64)
         return *(result.fill_(torch.nan) for result in (kl, mean, variance)), *counts.unbind()
-    at = layout(metas(keys((mu, logvar))), by_sample=True, c_order=True)
+    at = layout((meta_of(mu), meta_of(logvar)), by_sample=True, c_order=True)
     split = _split(at.n_rows, at.n_cols, mu.element_size(), dtype.itemsize)
     whole = split.ranges == 1
     partials = None if whole else mu.new_empty(split.ranges, 6, at.n_cols, dtype=dtype)
@@ -208,7 +209,7 @@ def latent_stats(
     low, high = logvar_clamp or (None, None)
     with torch.cuda.device_of(mu):
         _latent_stats_kernel[(split.ranges * split.col_programs,)](
-            *(mu, logvar, partials, results if whole else None, host_scalar(low), host_scalar(high)),
+            *(mu, logvar, partials, results if whole else None, pack_f64(low), pack_f64(high)),
             *(*at.strides, at.sizes, at.n_rows, at.n_cols, split.range_rows, split.col_programs),
             ACTIVE_VARIANCE=active_variance,
             DTYPE=triton_dtype(dtype),

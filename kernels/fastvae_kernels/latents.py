@@ -1,13 +1,13 @@
 """The KL term on a tile, against N(0, I) or another Gaussian, and its gradients."""
 
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-from ._tile import element_offsets, host_scalar, load, pointers, scalar
+from ._tile import element_offsets, load, pack_f64, pointers, unpack_f64
 from .gaussian import clamp, exp, expm1, inside, twice_kl_element
+from .types import ElboOptions
 
 
 class Latents(NamedTuple):
@@ -28,22 +28,22 @@ class Bounds(NamedTuple):
 
     low: Any  # of logvar
     high: Any
-    floor: Any  # of an element's KL: free bits
-    floor_keeps: Any  # constant: below it the KL counts as the floor, not as 0
+    free_bits: Any  # of an element
+    keeps_free_bits: Any  # constant: a KL below the free bits counts as these, not as 0
 
 
 @triton.jit
-def latent_pointers(latents, at, rows, cols):
-    mu = latents.mu + element_offsets(rows, cols, at.strides.mu, at.sizes)
+def latent_pointers(latents, geometry, rows, cols):
+    mu = latents.mu + element_offsets(rows, cols, geometry.strides.mu, geometry.sizes)
     return Latents(
         mu,
-        pointers(latents.logvar, at.strides.logvar, at, rows, cols, mu),
-        pointers(latents.prior_mu, at.strides.prior_mu, at, rows, cols, mu),
-        pointers(latents.prior_logvar, at.strides.prior_logvar, at, rows, cols, mu),
-        pointers(latents.dmu, at.strides.dmu, at, rows, cols, mu),
-        pointers(latents.dlogvar, at.strides.dlogvar, at, rows, cols, mu),
-        pointers(latents.dprior_mu, at.strides.dprior_mu, at, rows, cols, mu),
-        pointers(latents.dprior_logvar, at.strides.dprior_logvar, at, rows, cols, mu),
+        pointers(latents.logvar, geometry.strides.logvar, geometry, rows, cols, mu),
+        pointers(latents.prior_mu, geometry.strides.prior_mu, geometry, rows, cols, mu),
+        pointers(latents.prior_logvar, geometry.strides.prior_logvar, geometry, rows, cols, mu),
+        pointers(latents.dmu, geometry.strides.dmu, geometry, rows, cols, mu),
+        pointers(latents.dlogvar, geometry.strides.dlogvar, geometry, rows, cols, mu),
+        pointers(latents.dprior_mu, geometry.strides.dprior_mu, geometry, rows, cols, mu),
+        pointers(latents.dprior_logvar, geometry.strides.dprior_logvar, geometry, rows, cols, mu),
     )
 
 
@@ -61,11 +61,11 @@ def kl_tile(latents, ptrs, bounds, mask, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def floored(twice_kl, bounds, mask, DTYPE: tl.constexpr):
+def apply_free_bits(twice_kl, bounds, mask, DTYPE: tl.constexpr):
     """Twice the KL under free bits; 0 in lanes outside."""
-    floor = 2.0 * scalar(bounds.floor, DTYPE)
-    least = floor if bounds.floor_keeps else 0.0
-    kl = tl.where(twice_kl <= floor, least, twice_kl)
+    free_bits = 2.0 * unpack_f64(bounds.free_bits, DTYPE)
+    least = free_bits if bounds.keeps_free_bits else 0.0
+    kl = tl.where(twice_kl <= free_bits, least, twice_kl)
     return kl if mask is None else tl.where(mask, kl, 0.0)
 
 
@@ -75,8 +75,8 @@ def _store(ptrs, gradient, mask):
 
 
 @triton.jit
-def latent_gradient_tile(latents, ptrs, bounds, coefficient, floored_coefficient, mask, DTYPE: tl.constexpr):
-    """Store coefficient times the gradients of the KL, plus floored_coefficient times those of the KL under the floor.
+def latent_gradient_tile(latents, ptrs, bounds, coefficient, free_bits_coefficient, mask, DTYPE: tl.constexpr):
+    """Store coefficient times the gradients of the KL plus free_bits_coefficient times those under free bits.
 
     With m = (mu - prior_mu) / prior_sigma and r = logvar - prior_logvar: m / prior_sigma, expm1(r) / 2, and of the
     prior -m / prior_sigma, -(m^2 + expm1(r)) / 2. What no gradient needs is not read.
@@ -84,7 +84,8 @@ def latent_gradient_tile(latents, ptrs, bounds, coefficient, floored_coefficient
     if latents.prior_mu is not None:
         prior_logvar = load(ptrs.prior_logvar, mask, DTYPE)
         precision = exp(-0.5 * prior_logvar, DTYPE)
-    of_both = latents.dprior_logvar is not None or bounds.floor is not None
+    # constexpr: a plain variable is a run-time value, under which no variable can be defined
+    of_both: tl.constexpr = latents.dprior_logvar is not None or bounds.free_bits is not None
     if of_both or latents.dmu is not None or latents.dprior_mu is not None:
         mu = load(ptrs.mu, mask, DTYPE)
         if latents.prior_mu is not None:
@@ -95,12 +96,12 @@ def latent_gradient_tile(latents, ptrs, bounds, coefficient, floored_coefficient
         if latents.prior_mu is not None:
             logvar -= prior_logvar
         slope = expm1(logvar, DTYPE)
-    if bounds.floor is not None:
+    if bounds.free_bits is not None:
         kl = twice_kl_element(mu, logvar, exp(0.5 * logvar, DTYPE), DTYPE)
-        floor = 2.0 * scalar(bounds.floor, DTYPE)
+        free_bits = 2.0 * unpack_f64(bounds.free_bits, DTYPE)
         # where both are equal, as torch.clamp's gradient
-        below = kl < floor if bounds.floor_keeps else kl <= floor
-        coefficient += tl.where(below, 0.0, floored_coefficient)
+        below = kl < free_bits if bounds.keeps_free_bits else kl <= free_bits
+        coefficient += tl.where(below, 0.0, free_bits_coefficient)
     if latents.dmu is not None or latents.dprior_mu is not None:
         dmu = coefficient * mu if latents.prior_mu is None else coefficient * mu * precision
         if latents.dmu is not None:
@@ -113,9 +114,7 @@ def latent_gradient_tile(latents, ptrs, bounds, coefficient, floored_coefficient
         _store(ptrs.dprior_logvar, -0.5 * coefficient * (mu * mu + slope), mask)
 
 
-@lru_cache
-def bounds_of(logvar_clamp: tuple[float, float] | None, floor_options: Any) -> Bounds:
-    """What kernels take for bounds of logvar and free bits (.nats, .mode)."""
-    low, high = logvar_clamp or (None, None)
-    floor, keeps = (None, None) if floor_options is None else (floor_options.nats, floor_options.mode == "dim")
-    return Bounds(host_scalar(low), host_scalar(high), host_scalar(floor), tl.constexpr(keeps))
+def bounds_of(options: ElboOptions) -> Bounds:
+    low, high = options.logvar_clamp or (None, None)
+    nats, mode = options.element_free_bits or (None, None)
+    return Bounds(pack_f64(low), pack_f64(high), pack_f64(nats), tl.constexpr(mode == "dim"))

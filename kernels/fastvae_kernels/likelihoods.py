@@ -66,7 +66,7 @@ def _huber_gradient(recon, target, delta):
 
 
 @triton.jit
-def _log1p(x):
+def log1p(x):
     """log(1 + x) for 0 <= x <= 1, to 2 ulp: in float32 x times the minimax polynomial of log(1 + x) / x."""
     if x.dtype == tl.float64:
         u = 1.0 + x  # its rounding is divided out again
@@ -89,7 +89,7 @@ def _log1p(x):
 def _log_cosh_error(recon, target, alpha):
     """log(cosh(alpha |recon - target|))"""
     distance = tl.abs(recon - target) * alpha
-    return distance + (_log1p(exp(-2.0 * distance, distance.dtype)) - 0.6931471805599453)
+    return distance + (log1p(exp(-2.0 * distance, distance.dtype)) - 0.6931471805599453)
 
 
 @triton.jit
@@ -112,7 +112,7 @@ def _sigmoid(x):
 def _bernoulli_error(logits, target, parameter):
     """log(1 + exp(logits)) - logits * target"""
     largest = tl.where(logits < 0, 0.0, logits)
-    return (largest - logits * target) + _log1p(exp(-tl.abs(logits), logits.dtype))
+    return (largest - logits * target) + log1p(exp(-tl.abs(logits), logits.dtype))
 
 
 @triton.jit
@@ -191,6 +191,6 @@ def likelihood(options: Any, recon: Any, target: Any) -> Likelihood:
     """
     byte = target is not None and target.dtype == torch.uint8
     scale, shift = (options.target_scale, options.target_shift) if byte else (1.0, 0.0)
-    exact = shift == 0 or torch.tensor(shift, dtype=recon.dtype).item() == shift
+    exact = shift == 0 or torch.tensor(shift, dtype=recon.dtype, device="cpu").item() == shift
     constants = (options.parameter, scale, shift, shift if exact else 0.0, options.name in ZERO_WHERE_EQUAL and exact)
     return Likelihood(*PAIRS[options.name], *map(tl.constexpr, constants))

@@ -66,24 +66,23 @@ def _four_normals(seed, counter):
 
 
 @triton.jit
-def tile_normals(seed, first, BLOCK_COLS: tl.constexpr, RUN: tl.constexpr):
+def tile_normals(seed, first, BLOCK_COLS: tl.constexpr, ELEMENTS_PER_THREAD: tl.constexpr):
     """Normals number first + (0, ..., BLOCK_COLS - 1), for each row of `first`: [BLOCK_ROWS, 1] int64 -> float32.
 
-    RUN: normals that one thread makes side by side: 4 or 8 (two counters, for the 16-byte accesses of 16-bit tensors),
-        both only
-    if every `first` is a multiple of 4; else 1, a counter of its own for each element. All give the same normals.
+    ELEMENTS_PER_THREAD: 4, or 8 (two counters, for the 16-byte accesses of 16-bit tensors), if every `first` is a
+    multiple of 4; else 1, a counter of its own for each element. All give the same normals.
     """
-    if RUN == 1:
+    if ELEMENTS_PER_THREAD == 1:
         element = first + tl.arange(0, BLOCK_COLS)[None, :]
         w0, w1, w2, w3 = _words(seed, element >> 2)
         upper = (element & 2) != 0
         even, odd = normal_pair(tl.where(upper, w2, w0), tl.where(upper, w3, w1))
         normals = tl.where((element & 1) != 0, odd, even)
     else:
-        counter = (first >> 2) + tl.arange(0, BLOCK_COLS // RUN)[None, :] * (RUN // 4)
+        counter = (first >> 2) + tl.arange(0, BLOCK_COLS // ELEMENTS_PER_THREAD)[None, :] * (ELEMENTS_PER_THREAD // 4)
         n0, n1, n2, n3 = _four_normals(seed, counter)
         # joined axes, from the last: odd, upper pair, second counter: the order of the elements, so that no lane moves
-        if RUN == 4:
+        if ELEMENTS_PER_THREAD == 4:
             run = tl.join(tl.join(n0, n2), tl.join(n1, n3))
         else:
             n4, n5, n6, n7 = _four_normals(seed, counter + 1)
@@ -98,14 +97,14 @@ def _philox_normal_kernel(
     seed,  # int64, or pointer to one
     offset,
     n_elements,
-    RUN: tl.constexpr,
+    ELEMENTS_PER_THREAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
     pid = tl.program_id(0).to(tl.int64)
     if seed.dtype.is_ptr():
         seed = tl.load(seed)
     first = offset + pid * BLOCK_SIZE + tl.zeros([1, 1], tl.int64)
-    normals = tile_normals(seed, first, BLOCK_SIZE, RUN).to(normals_ptr.dtype.element_ty)
+    normals = tile_normals(seed, first, BLOCK_SIZE, ELEMENTS_PER_THREAD).to(normals_ptr.dtype.element_ty)
     offsets = pid * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
     if pid * BLOCK_SIZE + BLOCK_SIZE <= n_elements:
         tl.store(normals_ptr + offsets, normals)
@@ -113,8 +112,8 @@ def _philox_normal_kernel(
         tl.store(normals_ptr + offsets, normals, mask=offsets < n_elements)
 
 
-def noise_run(element_size: int, *starts: int) -> int:
-    """RUN of `tile_normals` for tiles that begin at multiples of all `starts` in the stream."""
+def elements_per_thread(element_size: int, *starts: int) -> int:
+    """ELEMENTS_PER_THREAD of `tile_normals` for tiles that begin at multiples of all `starts` in the stream."""
     if any(start % 4 for start in starts):
         return 1
     return 8 if element_size == 2 else 4
@@ -132,7 +131,7 @@ def philox_normal(
         with torch.cuda.device_of(normals):
             _philox_normal_kernel[(triton.cdiv(n, size),)](
                 *(normals, seed, offset, n),
-                RUN=noise_run(normals.element_size(), offset),
+                ELEMENTS_PER_THREAD=elements_per_thread(normals.element_size(), offset),
                 BLOCK_SIZE=size,
                 num_warps=NUM_WARPS,
                 enable_fp_fusion=True,

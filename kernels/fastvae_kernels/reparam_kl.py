@@ -2,7 +2,6 @@
 of reading it.
 """
 
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -14,19 +13,17 @@ from ._reduce import fold_rows
 from ._tile import (
     NUM_WARPS,
     ONE_TILE_EACH,
-    accumulator,
     element_offsets,
-    host_scalar,
-    keys,
     layout,
     load,
-    metas,
-    strides_of,
+    on_device,
+    pack_f64,
     tile,
     triton_dtype,
 )
 from .gaussian import clamp, exp, expm1, inside, twice_kl_element
-from .philox import noise_run, philox_normal, tile_normals
+from .philox import elements_per_thread, philox_normal, tile_normals
+from .types import Clamp, PhiloxNoise, TensorMeta, compute_dtype
 
 
 @triton.jit
@@ -60,7 +57,7 @@ def _reparam_kl_fwd_kernel(
     n_rows,
     n_cols,
     n_col_programs,
-    RUN: tl.constexpr,
+    ELEMENTS_PER_THREAD: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
@@ -72,7 +69,7 @@ def _reparam_kl_fwd_kernel(
     first_row, first_col = (pid // n_col_programs) * BLOCK_ROWS, col_program * BLOCK_COLS
     rows = first_row + tl.arange(0, BLOCK_ROWS)[:, None]
     cols = first_col + tl.arange(0, BLOCK_COLS)[None, :]
-    noise = tile_normals(seed, offset + rows * n_cols + first_col, BLOCK_COLS, RUN)
+    noise = tile_normals(seed, offset + rows * n_cols + first_col, BLOCK_COLS, ELEMENTS_PER_THREAD)
 
     mu_ptrs = mu_ptr + element_offsets(rows, cols, mu_strides, sizes)
     logvar_ptrs = logvar_ptr + element_offsets(rows, cols, logvar_strides, sizes)
@@ -132,7 +129,7 @@ def _reparam_kl_bwd_kernel(
     n_rows,
     n_cols,
     n_col_programs,
-    RUN: tl.constexpr,
+    ELEMENTS_PER_THREAD: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
@@ -143,7 +140,7 @@ def _reparam_kl_bwd_kernel(
     first_row, first_col = (pid // n_col_programs) * BLOCK_ROWS, (pid % n_col_programs) * BLOCK_COLS
     rows = first_row + tl.arange(0, BLOCK_ROWS)[:, None]
     cols = first_col + tl.arange(0, BLOCK_COLS)[None, :]
-    noise = tile_normals(seed, offset + rows * n_cols + first_col, BLOCK_COLS, RUN)
+    noise = tile_normals(seed, offset + rows * n_cols + first_col, BLOCK_COLS, ELEMENTS_PER_THREAD)
 
     dkl = None if dkl_ptr is None else load(dkl_ptr + rows * dkl_stride, rows < n_rows, DTYPE)
     mu_ptrs = mu_ptr + element_offsets(rows, cols, mu_strides, sizes)
@@ -158,109 +155,146 @@ def _reparam_kl_bwd_kernel(
         _gradient_tile(mu_ptrs, logvar_ptrs, dz_ptrs, dkl, dmu_ptrs, dlogvar_ptrs, noise, mask, low, high, DTYPE)
 
 
-class _Plan(NamedTuple):
-    """A launch but for its tensors and its noise."""
+class _Pass(NamedTuple):
+    """One launch but for its tensors and its noise."""
 
     programs: int
     strides: tuple[Any, ...]  # of each tensor
     shape: tuple[Any, ...]  # sizes, n_rows, n_cols, n_col_programs
-    constants: dict[str, Any]
-    partials: tuple[int, ...]  # shape of the partial sums; [n_rows] where they are the sums
-    dtype: torch.dtype
+    elements_per_thread: int  # where the noise of the first element begins a counter
+    block_rows: int
+    block_cols: int
 
 
-@lru_cache(maxsize=1024)
-def _plan(of: tuple[Any, ...], element_size: int, aligned: bool, by_sample: bool) -> _Plan:
-    """of: keys of mu, logvar and what else is read and written. aligned: the first element begins a counter."""
-    tensors = metas(of)
-    at = layout(tensors, by_sample=by_sample, c_order=True)
-    t = tile(at.n_rows, at.n_cols, element_size, max_programs=ONE_TILE_EACH, noise=True)
-    dtype = accumulator(*tensors[:2])
-    constants = {
-        "RUN": noise_run(element_size, 0 if aligned else 1, 0 if at.n_rows == 1 else at.n_cols),
-        "DTYPE": triton_dtype(dtype),
-        "BLOCK_ROWS": t.rows,
-        "BLOCK_COLS": t.cols,
-        "num_warps": NUM_WARPS,
-        "enable_fp_fusion": True,
-    }
-    shape = (at.sizes, at.n_rows, at.n_cols, t.col_programs)
-    partials = (at.n_rows, t.col_programs) if t.col_programs > 1 else (at.n_rows,)
-    return _Plan(t.programs(at.n_rows), tuple(at.strides), shape, constants, partials, dtype)
+class ReparamKLPlan(NamedTuple):
+    """Launches of both passes of one kind of call."""
+
+    device: torch.device
+    with_kl: bool
+    bounds: tuple[Any, Any]  # of logvar, packed
+    dtype: torch.dtype  # of arithmetic
+    triton_dtype: tl.dtype
+    forward: _Pass
+    backward: _Pass
+    partials: tuple[int, ...]  # shape of the partial sums of the KL; [n_rows] where they are the sums
+
+
+def plan_reparam_kl(
+    mu: TensorMeta,
+    logvar: TensorMeta,
+    z: TensorMeta,
+    dmu: TensorMeta,
+    dlogvar: TensorMeta,
+    logvar_clamp: Clamp | None,
+    with_kl: bool,
+) -> ReparamKLPlan:
+    """Plan the launches of a sample; dmu and dlogvar are gradient buffers."""
+    low, high = logvar_clamp or (None, None)
+    dtype = compute_dtype(mu, logvar)
+    forward = _plan_pass((mu, logvar, z), z.dtype.itemsize, with_kl)
+    n_rows, n_col_programs = forward.shape[1], forward.shape[3]
+    return ReparamKLPlan(
+        device=mu.device,
+        with_kl=with_kl,
+        bounds=(pack_f64(low), pack_f64(high)),
+        dtype=dtype,
+        triton_dtype=triton_dtype(dtype),
+        forward=forward,
+        backward=_plan_pass((mu, logvar, z, dmu, dlogvar), mu.dtype.itemsize, with_kl),
+        partials=(n_rows, n_col_programs) if n_col_programs > 1 else (n_rows,),
+    )
+
+
+def _plan_pass(tensors: tuple[TensorMeta, ...], element_size: int, by_sample: bool) -> _Pass:
+    if 0 in tensors[0].shape:
+        return _Pass(0, ((),) * len(tensors), (None, tensors[0].shape[0], 0, 1), 1, 1, 1)
+    n_rows, n_cols, sizes, strides = layout(tensors, by_sample=by_sample, c_order=True)
+    t = tile(n_rows, n_cols, element_size, max_programs=ONE_TILE_EACH, noise=True)
+    per_thread = elements_per_thread(element_size, 0 if n_rows == 1 else n_cols)
+    shape = sizes, n_rows, n_cols, t.col_programs
+    return _Pass(t.programs(n_rows), tuple(strides), shape, per_thread, t.rows, t.cols)
 
 
 def reparam_kl_fwd(
-    mu: Tensor,
-    logvar: Tensor,
-    noise: Any,
-    z: Tensor,
-    logvar_clamp: tuple[float, float] | None,
-    notes: dict[Any, Any],
-    *,
-    with_kl: bool,
+    plan: ReparamKLPlan, mu: Tensor, logvar: Tensor, noise: PhiloxNoise, z: Tensor
 ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
-    """Write z; return the KL of each sample (None unless asked for) and what the backward pass needs: nothing more.
-
-    noise: has .seed (int64 or tensor of one) and .offset.
-    notes: of calls whose tensors and options are alike.
-    """
-    if mu.numel() == 0:
-        return (mu.new_zeros(mu.shape[0], dtype=accumulator(mu, logvar)) if with_kl else None), ()
-    aligned = noise.offset % 4 == 0
-    if (plan := notes.get(aligned)) is None:
-        plan = notes[aligned] = _plan(keys((mu, logvar, z)), z.element_size(), aligned, with_kl)
-    partials = mu.new_empty(plan.partials, dtype=plan.dtype) if with_kl else None
-    low, high = logvar_clamp or (None, None)
-    with torch.cuda.device_of(mu):
-        _reparam_kl_fwd_kernel[(plan.programs,)](
-            *(mu, logvar, z, partials, noise.seed, noise.offset, host_scalar(low), host_scalar(high)),
-            *(*plan.strides, *plan.shape),
-            **plan.constants,
+    """Write z; return the KL of each sample (None unless the plan has it) and what the backward pass needs: nothing."""
+    at = plan.forward
+    if not at.programs:
+        return (mu.new_zeros(mu.shape[0], dtype=plan.dtype) if plan.with_kl else None), ()
+    partials = mu.new_empty(plan.partials, dtype=plan.dtype) if plan.with_kl else None
+    with on_device(plan.device):
+        _reparam_kl_fwd_kernel[(at.programs,)](
+            mu,
+            logvar,
+            z,
+            partials,
+            noise.seed,
+            noise.offset,
+            *plan.bounds,
+            *at.strides,
+            *at.shape,
+            ELEMENTS_PER_THREAD=at.elements_per_thread if noise.offset % 4 == 0 else 1,
+            DTYPE=plan.triton_dtype,
+            BLOCK_ROWS=at.block_rows,
+            BLOCK_COLS=at.block_cols,
+            num_warps=NUM_WARPS,
+            enable_fp_fusion=True,
         )
         return (partials if partials is None or partials.ndim == 1 else fold_rows(partials)), ()
 
 
-def saved_again(mu: Tensor, logvar: Tensor, noise: Any, logvar_clamp: tuple[float, float] | None) -> list[Tensor]:
-    """What `reparam_kl_fwd` returns for the backward pass: nothing."""
-    return []
+def recompute_saved(plan: ReparamKLPlan, mu: Tensor, logvar: Tensor, noise: PhiloxNoise) -> tuple[Tensor, ...]:
+    """What `reparam_kl_fwd` returns for the backward pass."""
+    return ()
 
 
-def spread(
-    mu: Tensor, logvar: Tensor, saved: list[Tensor], noise: Any, logvar_clamp: tuple[float, float] | None
+def scaled_noise(
+    mu: Tensor, logvar: Tensor, saved: tuple[Tensor, ...], noise: PhiloxNoise, logvar_clamp: Clamp | None
 ) -> Tensor:
     """sigma * noise, as the forward pass drew it."""
-    dtype = accumulator(mu, logvar)
+    dtype = compute_dtype(mu, logvar)
     logvar = logvar.detach().to(dtype)
     sigma = torch.exp(0.5 * (logvar if logvar_clamp is None else logvar.clamp(*logvar_clamp)))
     return sigma * philox_normal(mu.shape, noise.seed, noise.offset, dtype, mu.device)
 
 
 def reparam_kl_bwd(
+    plan: ReparamKLPlan,
     mu: Tensor,
     logvar: Tensor,
-    saved: list[Tensor],
+    saved: tuple[Tensor, ...],
     dz: Tensor | None,
     dkl: Tensor | None,
     dmu: Tensor | None,
     dlogvar: Tensor | None,
-    noise: Any,
-    logvar_clamp: tuple[float, float] | None,
-    notes: dict[Any, Any],
+    noise: PhiloxNoise,
 ) -> None:
-    """Write the gradients that are asked for: dmu = dz + dkl mu; dlogvar = (dz sigma noise + dkl expm1(logvar)) / 2."""
-    if mu.numel() == 0:
+    """Write the gradients that are wanted: dmu = dz + dkl mu; dlogvar = (dz sigma noise + dkl expm1(logvar)) / 2.
+
+    dz has the strides of z.
+    """
+    at = plan.backward
+    if not at.programs:
         return
-    dz = dz if dz is None or dz.ndim <= 5 else dz.contiguous()  # mu and logvar came so
-    aligned = noise.offset % 4 == 0
-    read_and_written = (mu, logvar, dz, dmu, dlogvar)
-    # a hook may bring saved tensors back with other strides
-    kind = aligned, dkl is None, None if dz is None else dz.dtype, strides_of(read_and_written)
-    if (plan := notes.get(kind)) is None:
-        plan = notes[kind] = _plan(keys(read_and_written), mu.element_size(), aligned, dkl is not None)
-    low, high = logvar_clamp or (None, None)
-    with torch.cuda.device_of(mu):
-        _reparam_kl_bwd_kernel[(plan.programs,)](
-            *(mu, logvar, dz, dkl, dmu, dlogvar, noise.seed, noise.offset, host_scalar(low), host_scalar(high)),
-            *(*plan.strides, 0 if dkl is None else dkl.stride(0), *plan.shape),
-            **plan.constants,
+    with on_device(plan.device):
+        _reparam_kl_bwd_kernel[(at.programs,)](
+            mu,
+            logvar,
+            dz,
+            dkl,
+            dmu,
+            dlogvar,
+            noise.seed,
+            noise.offset,
+            *plan.bounds,
+            *at.strides,
+            0 if dkl is None else dkl.stride(0),
+            *at.shape,
+            ELEMENTS_PER_THREAD=at.elements_per_thread if noise.offset % 4 == 0 else 1,
+            DTYPE=plan.triton_dtype,
+            BLOCK_ROWS=at.block_rows,
+            BLOCK_COLS=at.block_cols,
+            num_warps=NUM_WARPS,
+            enable_fp_fusion=True,
         )

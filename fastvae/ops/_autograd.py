@@ -6,18 +6,19 @@ import torch
 from torch import Tensor
 
 
-def with_memory(upstream: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """Upstream gradients as a kernel can read them: no zeros without memory (double backward of abs makes some), no
-    negation that torch put off.
+def materialize_grads(upstream: Sequence[Tensor | None], *, contiguous: bool = True) -> tuple[Tensor | None, ...]:
+    """Upstream gradients as a kernel can read them: with memory (double backward of abs makes zeros without), no lazy
+    negation.
     """
-    return tuple([t if t is None else torch.zeros_like(t) if t._is_zerotensor() else t.resolve_neg() for t in upstream])
+    made = (t if t is None else torch.zeros_like(t) if t._is_zerotensor() else t.resolve_neg() for t in upstream)
+    return tuple([t.contiguous() if contiguous and t is not None else t for t in made])
 
 
-def apart(inputs: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+def alias_inputs(inputs: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """Aliases, each with a place of its own in the graph.
 
     The inputs of an op may depend on each other (a reconstruction on mu) or be one tensor: a gradient by one of them
-    must not contain the way through another, which autograd goes on its own.
+    must not contain the way through another, along which autograd goes on its own.
     """
     return tuple(x if x is None else x.view_as(x) for x in inputs)
 

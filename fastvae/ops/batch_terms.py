@@ -1,0 +1,76 @@
+"""Losses with a statistic of the batch inside a term, in plain torch on sums of samples.
+
+These are the scale that is the best for the batch, and free bits of the batch's mean.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastvae_kernels.types import ElboNumbers, ElboOptions, ElboTensors
+
+from .. import _checks, reference
+from ..reference import Terms
+from .elbo import elbo
+from .plan import LossSpec, resolve
+
+
+def elbo_with_batch_terms(tensors: ElboTensors, numbers: ElboNumbers, spec: LossSpec) -> Terms:
+    """As `elbo`."""
+    _checks.loss_inputs(tensors, numbers, spec)
+    # copies, because a schedule may step them before the backward pass
+    numbers = ElboNumbers(*(n.clone() if isinstance(n, Tensor) else n for n in numbers))
+    options = resolve(spec, tensors)
+    images = ElboTensors(*tensors[:4], mask=tensors.mask, weight=tensors.weight, extra=tensors.extra)
+    latents = ElboTensors(None, None, None, None, *tensors[4:8], kl=tensors.kl, weight=tensors.weight)
+    if spec.likelihood is not None and spec.likelihood.optimal_scale:
+        recon = _with_optimal_scale(images, spec, options)
+    else:
+        images = images._replace(sample_log_scale=tensors.sample_log_scale)
+        recon = elbo(images, ElboNumbers(), spec._replace(free_bits=None, capacity_mode=None))[1]
+    if spec.free_bits is not None and spec.free_bits.mode == "dim_batch":
+        kl, regularized = _with_mean_free_bits(latents, numbers, options)
+    elif latents.mu is None and latents.kl is None:
+        kl = regularized = torch.zeros_like(recon)
+    else:
+        regularized, _, kl = elbo(latents, ElboNumbers(capacity=numbers.capacity), spec._replace(likelihood=None))
+    dtype = torch.promote_types(recon.dtype, kl.dtype)
+    loss = numbers.recon_weight * recon + numbers.beta * regularized
+    return loss.to(dtype), recon.to(dtype), kl.to(dtype)
+
+
+def _with_optimal_scale(images: ElboTensors, spec: LossSpec, options: ElboOptions) -> Tensor:
+    """The term under the scale that makes it smallest: the log of the mean error."""
+    assert spec.likelihood is not None
+    by_sample = LossSpec(spec.likelihood._replace(nll_weight=1.0, constant=0.0, optimal_scale=False), "none", "none")
+    errors = elbo(images._replace(weight=None, extra=None), ElboNumbers(), by_sample)[1]
+    n: float | Tensor = float(math.prod(images.recon.shape[1:]))
+    total: float | Tensor = n * len(errors)
+    if images.mask is not None:
+        n = reference.per_sample(images.mask.to(errors.dtype))
+        total = n.sum()
+    log_scale = torch.log(errors.sum() / total)
+    # errors hold the likelihood's factor already
+    options = options._replace(error_weight=options.nll_weight)
+    images = images._replace(sample_log_scale=log_scale)
+    return reference.combine(errors, n, None, None, images, ElboNumbers(), options)[1]
+
+
+def _with_mean_free_bits(latents: ElboTensors, numbers: ElboNumbers, options: ElboOptions) -> tuple[Tensor, Tensor]:
+    """(KL term, regularised one): the mean over the batch of each dimension's KL is at least `free_bits.nats`."""
+    assert options.free_bits is not None
+    elements = reference.gaussian_kl(
+        latents.mu, latents.logvar, options.logvar_clamp, latents.prior_mu, latents.prior_logvar
+    )
+    batch = len(elements)
+    elements = elements.reshape(batch, -1)
+    if latents.weight is not None:
+        elements = elements * latents.weight.to(elements.dtype)[:, None]
+    kl = elements.sum(0)
+    regularized = (kl / batch if batch else kl).clamp(min=options.free_bits.nats).sum() * (
+        options.kl_normalizer * batch
+    )
+    if options.capacity_mode == "batch":
+        regularized = (regularized - numbers.capacity * (options.kl_normalizer * batch)).abs()
+    return options.kl_normalizer * kl.sum(), regularized

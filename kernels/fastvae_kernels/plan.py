@@ -1,0 +1,155 @@
+"""Everything about the launches of a loss that its tensors' shapes, strides, dtypes and options decide."""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+from ._reduce import fold_tile
+from ._tile import ONE_TILE_EACH, Geometry, make_geometry, pack_f64
+from .images import Images
+from .latents import Bounds, Latents, bounds_of
+from .likelihoods import Likelihood, likelihood
+from .samples import SampleOptions, sample_options
+from .types import ElboNumbers, ElboOptions, ElboTensors, TensorMeta, compute_dtype, needs_sample_terms
+
+MAX_IMAGE_PROGRAMS_BWD = 1 << 10  # few, so that leaving at once costs next to nothing; each walks over its share
+
+
+class SamplePlan(NamedTuple):
+    """Launches that act on sums of samples."""
+
+    options: SampleOptions
+    normalizers: tuple[Any, Any]  # of recon and KL
+    mask_normalize: bool
+    element_free_bits: bool
+    batch_capacity: bool
+    per_sample: bool
+    fold_programs: int
+    fold: tuple[int, ...]  # n_rows to KL_COLS
+    n_rows: int
+
+
+class ElboPlan(NamedTuple):
+    """Launches of both passes of one kind of call."""
+
+    device: torch.device
+    first: int  # place of the first tensor that is given
+    image: Geometry  # of the forward pass
+    latent: Geometry
+    image_programs: int
+    latent_programs: int
+    image_bwd: Geometry
+    latent_bwd: Geometry
+    image_programs_bwd: int
+    latent_programs_bwd: int
+    likelihood: Likelihood | None
+    bounds: Bounds
+    recon_partials: tuple[int, int]  # shape
+    recon_dtype: torch.dtype
+    counts_mask: bool
+    kl_partials: tuple[int, int]
+    kl_dtype: torch.dtype
+    n_kl: int
+    dkl_dtype: torch.dtype
+    recon_scale: float
+    factors: tuple[Any, ...]  # packed: recon_scale, recon_constant, kl_scale
+    shape: tuple[int, ...]  # of the results
+    dtype: torch.dtype
+    fold_programs: int
+    fold: tuple[int, ...]  # n_rows to KL_COLS
+    samples: SamplePlan | None
+
+
+def gradient_meta(meta: TensorMeta | None) -> TensorMeta | None:
+    """Of the buffer that torch.empty_like makes for the gradient; None if no gradient is wanted."""
+    if meta is None or not meta.requires_grad:
+        return None
+    like = torch.empty_strided(meta.shape, meta.strides, dtype=meta.dtype, device="meta")
+    return meta._replace(strides=torch.empty_like(like).stride())
+
+
+def plan_elbo(metas: ElboTensors, numbers: ElboNumbers, options: ElboOptions, writes_gradient: bool) -> ElboPlan:
+    """Plan the launches of a loss.
+
+    Args:
+        metas: `TensorMeta` of each input.
+        numbers: floats or `TensorMeta`.
+        writes_gradient: The forward pass writes the gradient of recon.
+    """
+    by_sample = needs_sample_terms(metas, numbers, options)
+    rows_are_samples = by_sample or options.per_sample
+    gradients = ElboTensors(*map(gradient_meta, metas))
+    written = gradients if writes_gradient else ElboTensors()
+    image = make_geometry(_images(metas, written._replace(target=None, extra_map=None)), rows_are_samples)
+    latent = make_geometry(_latents(metas, ElboTensors()), rows_are_samples)
+    image_bwd = make_geometry(_images(metas, gradients), rows_are_samples, MAX_IMAGE_PROGRAMS_BWD)
+    latent_bwd = make_geometry(_latents(metas, gradients), rows_are_samples, ONE_TILE_EACH)
+    place, first = next((i, meta) for i, meta in enumerate(metas) if meta is not None)
+    batch = first.shape[0]
+    n_rows = batch if rows_are_samples else 1
+    n_kl = latent.n_rows * latent.n_col_programs if metas.kl is None else math.prod(metas.kl.shape)
+    n_recon = image.n_rows * image.n_col_programs
+    n_recon, n_kl = (n // n_rows if n_rows else 0 for n in (n_recon, n_kl))
+    tiles = fold_tile(n_rows, n_recon), fold_tile(n_rows, n_kl)
+    block_rows = min(rows for rows, _ in tiles)
+    fold = (n_rows, n_recon, n_kl, block_rows, tiles[0][1], tiles[1][1])
+    n_elements = 0 if metas.recon is None else math.prod(metas.recon.shape[1:])
+    recon_scale = options.recon_normalizer * options.error_weight
+    constant = 0.0
+    if options.constant:
+        constant = options.recon_normalizer * (n_elements if options.per_sample else n_elements * batch)
+        constant *= options.constant
+    given = [meta for meta in (*metas[:8], *metas[9:], *numbers) if isinstance(meta, TensorMeta)]
+    return ElboPlan(
+        device=first.device,
+        first=place,
+        image=image,
+        latent=latent,
+        image_programs=image.programs,
+        latent_programs=latent.programs,
+        image_bwd=image_bwd,
+        latent_bwd=latent_bwd,
+        image_programs_bwd=image_bwd.programs,
+        latent_programs_bwd=latent_bwd.programs,
+        likelihood=None if metas.recon is None else likelihood(options.error, metas.recon, metas.target),
+        bounds=bounds_of(options),
+        recon_partials=(image.n_rows, image.n_col_programs),
+        recon_dtype=compute_dtype(metas.recon, metas.target, metas.log_scale, metas.extra_map),
+        counts_mask=by_sample and metas.mask is not None,
+        kl_partials=(latent.n_rows, latent.n_col_programs),
+        kl_dtype=compute_dtype(*metas[4:8]),
+        n_kl=0 if metas.kl is None else batch,
+        dkl_dtype=compute_dtype(metas.kl),
+        recon_scale=recon_scale,
+        factors=tuple(map(pack_f64, (recon_scale, constant, options.kl_normalizer))),
+        shape=(batch,) if options.per_sample else (),
+        dtype=compute_dtype(*given),
+        fold_programs=triton.cdiv(n_rows, block_rows),
+        fold=fold,
+        samples=None
+        if not by_sample
+        else SamplePlan(
+            options=sample_options(
+                options, n_elements, metas.sample_log_scale is not None and not metas.sample_log_scale.shape
+            ),
+            normalizers=(pack_f64(options.recon_normalizer), pack_f64(options.kl_normalizer)),
+            mask_normalize=options.mask_normalize,
+            element_free_bits=options.element_free_bits is not None,
+            batch_capacity=options.capacity_mode == "batch",
+            per_sample=options.per_sample,
+            fold_programs=triton.cdiv(n_rows, block_rows),
+            fold=fold,
+            n_rows=n_rows,
+        ),
+    )
+
+
+def _images(metas: ElboTensors, gradients: ElboTensors) -> Images:
+    inputs = metas.recon, metas.target, metas.log_scale, metas.mask, metas.extra_map
+    return Images(*inputs, gradients.recon, gradients.target, gradients.log_scale, gradients.extra_map)
+
+
+def _latents(metas: ElboTensors, gradients: ElboTensors) -> Latents:
+    return Latents(*metas[4:8], *gradients[4:8])

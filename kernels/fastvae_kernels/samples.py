@@ -1,0 +1,133 @@
+"""What acts on samples as a whole: their weights, scales, extra errors, free bits and capacity.
+
+One function computes the terms of a sample from its sums; the forward and the backward kernel both call it.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from ._tile import load, pack_f64, unpack_f64
+from .gaussian import exp
+from .likelihoods import log1p
+from .types import ElboNumbers, ElboOptions
+
+
+class Samples(NamedTuple):
+    """Tensors of one value per sample, [B] contiguous, or gradients of them. None: not given, or not wanted."""
+
+    weight: Any = None
+    extra: Any = None
+    log_scale: Any = None  # or 0-d
+    kl: Any = None
+
+
+class SampleOptions(NamedTuple):
+    """Constants of `ElboOptions`, as bits of float64s; None where there is none."""
+
+    error_weight: Any
+    extra_weight: Any
+    nll_weight: Any
+    constant: Any
+    softclip: Any
+    free_bits: Any  # of a sample
+    n_elements: Any  # of a sample
+    # constants
+    one_scale: Any  # log_scale is 0-d
+    capacity_per_sample: Any
+
+
+def sample_options(options: ElboOptions, n_elements: int, one_scale: bool) -> SampleOptions:
+    free_bits = options.free_bits
+    nats = free_bits.nats if free_bits is not None and free_bits.mode == "sample" else None
+    numbers = (options.error_weight, options.extra_weight, options.nll_weight, options.constant, options.softclip, nats)
+    constants = (one_scale, options.capacity_mode == "sample")
+    return SampleOptions(*map(pack_f64, numbers), pack_f64(float(n_elements)), *map(tl.constexpr, constants))
+
+
+class Numbers(NamedTuple):
+    """`ElboNumbers` as kernels take them: bits of float64s, or pointers."""
+
+    beta: Any
+    recon_weight: Any
+    capacity: Any  # None: no capacity
+
+
+def pack_numbers(numbers: ElboNumbers) -> Numbers:
+    return Numbers(*map(pack_f64, numbers))
+
+
+@triton.jit
+def clipped_log_scale(samples, options, rows, mask, DTYPE: tl.constexpr):
+    """The log scale of each row under its soft lower bound, 2 (c + softplus(s / 2 - c)), and its derivative."""
+    raw = load(samples.log_scale + (rows * 0 if options.one_scale else rows), mask, DTYPE)
+    log_scale, slope = raw, tl.zeros_like(raw) + 1.0
+    if options.softclip is not None:
+        bound = unpack_f64(options.softclip, DTYPE)
+        above = 0.5 * raw - bound
+        small = exp(-tl.abs(above), DTYPE)
+        log_scale = 2.0 * (bound + (tl.where(above < 0, 0.0, above) + log1p(small)))
+        slope = tl.where(above < 0, small, 1.0) / (1.0 + small)
+    return log_scale, slope
+
+
+@triton.jit
+def error_factor(samples, options, factor, rows, mask, DTYPE: tl.constexpr):
+    """What multiplies the error of each element of a row: factor * weight / exp(log scale)."""
+    if samples is not None:
+        if samples.weight is not None:
+            factor *= load(samples.weight + rows, mask, DTYPE)
+        if samples.log_scale is not None:
+            log_scale, _ = clipped_log_scale(samples, options, rows, mask, DTYPE)
+            factor *= exp(-log_scale, DTYPE)
+    return factor
+
+
+@triton.jit
+def sample_terms(sums_ptr, samples, options, capacity, rows, n_rows):
+    """The terms of each row before its weight, and what their derivatives need; all float64.
+
+    Returns:
+        recon, kl, regularized: The reconstruction, the KL, and the KL after free bits and capacity.
+        counts, scaled, inverse_scale: Selected elements; the part of recon that is divided by the scale; 1 / the scale.
+        slope, passes, capacity_sign: Derivatives of the clipped log scale by the given one, of the KL after free bits
+            by the KL, and of the KL after the capacity by the one before.
+
+    sums_ptr: [4, n_rows] float64: errors, selected elements, KL, KL under free bits by element.
+    """
+    mask = rows < n_rows
+    errors = load(sums_ptr + rows, mask, tl.float64)
+    counts = load(sums_ptr + n_rows + rows, mask, tl.float64)
+    kl = load(sums_ptr + 2 * n_rows + rows, mask, tl.float64)
+    regularized = load(sums_ptr + 3 * n_rows + rows, mask, tl.float64)
+    inverse_scale = tl.zeros_like(errors) + 1.0
+    per_element = tl.zeros_like(errors) + unpack_f64(options.constant, tl.float64)
+    slope = inverse_scale
+    if samples.log_scale is not None:
+        log_scale, slope = clipped_log_scale(samples, options, rows, mask, tl.float64)
+        inverse_scale = exp(-log_scale, tl.float64)
+        per_element += unpack_f64(options.nll_weight, tl.float64) * log_scale
+    scaled = unpack_f64(options.error_weight, tl.float64) * errors
+    if samples.extra is not None:
+        extra = load(samples.extra + rows, mask, tl.float64)
+        scaled += unpack_f64(options.extra_weight, tl.float64) * counts * extra
+    # a sample without selected elements has no term, whatever its scale and extra hold
+    scaled = tl.where(counts == 0, 0.0, scaled * inverse_scale)
+    recon = scaled + tl.where(counts == 0, 0.0, counts * per_element)
+    passes = tl.zeros_like(kl) + 1.0
+    if options.free_bits is not None:
+        nats = unpack_f64(options.free_bits, tl.float64)
+        passes = tl.where(kl < nats, 0.0, passes)
+        regularized = tl.where(kl < nats, nats, kl)
+    capacity_sign = tl.zeros_like(kl) + 1.0
+    if options.capacity_per_sample:
+        excess = regularized - capacity
+        capacity_sign = sign(excess)
+        regularized = tl.abs(excess)
+    return recon, kl, regularized, counts, scaled, inverse_scale, slope, passes, capacity_sign
+
+
+@triton.jit
+def sign(x):
+    return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, x * 0.0))
