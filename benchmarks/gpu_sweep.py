@@ -3,13 +3,13 @@
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from unittest.mock import patch
 
 import torch
 
 import fastvae
-from fastvae import _calls
+from fastvae.ops._elbo_plan import plan as elbo_plan
+from fastvae.ops.reparam_kl import plan as reparam_kl_plan
 
 from .cases import AUTOCAST, FP32, PHASES, Case, Trial, square
 from .comparison import OURS
@@ -26,18 +26,16 @@ PROGRAMS = [1 << 12, 1 << 14, 1 << 17]
 @contextmanager
 def tiles(tile_bytes: int, num_warps: int, max_programs: int) -> Iterator[None]:
     """Let the kernels use other tiles and other numbers of programs inside the block."""
-    from fastvae_kernels import _reduce, _tile, elbo, elbo_bwd, philox, reparam_kl
+    from fastvae_kernels import _reduce, _tile, elbo_bwd, elbo_fwd, elbo_samples, philox, plan, reparam_kl
 
-    modules = (_reduce, _tile, elbo, elbo_bwd, philox, reparam_kl)
     with ExitStack() as stack:
         stack.enter_context(patch.object(_tile, "_TILE_BYTES", tile_bytes))
-        for forget in (_calls.forget, *(module._plan.cache_clear for module in (elbo, elbo_bwd, reparam_kl))):
+        for forget in (elbo_plan.cache_clear, reparam_kl_plan.cache_clear):
             forget()
             stack.callback(forget)
-        for module in modules:
+        for module in (_reduce, _tile, elbo_fwd, elbo_samples, elbo_bwd, philox, reparam_kl):
             stack.enter_context(patch.object(module, "NUM_WARPS", num_warps))
-        # the forward launch; the backward one has a limit of its own
-        stack.enter_context(patch.object(elbo, "part", partial(_tile.part, max_programs=max_programs)))
+        stack.enter_context(patch.object(plan, "MAX_PROGRAMS_FWD", max_programs))
         yield
 
 

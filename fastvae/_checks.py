@@ -1,4 +1,7 @@
-"""The only place that raises on what a caller passes. No check reads a tensor's values, so none costs a sync."""
+"""The only place that raises on what a caller passes.
+
+A tensor may be given as its `TensorMeta`. No check reads a tensor's values, so none waits for a device.
+"""
 
 import difflib
 import math
@@ -48,7 +51,7 @@ def reductions(reduction: str, recon_reduction: str | None, kl_reduction: str | 
     return both
 
 
-def float_tensor(name: str, tensor: object, *, also: tuple[torch.dtype, ...] = ()) -> None:
+def float_tensor(name: str, tensor: Any, *, also: tuple[torch.dtype, ...] = ()) -> None:
     if not isinstance(tensor, Tensor | TensorMeta):
         raise TypeError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}. Convert it with torch.as_tensor.")
     if tensor.dtype not in FLOATS and tensor.dtype not in also:
@@ -60,11 +63,11 @@ def float_tensor(name: str, tensor: object, *, also: tuple[torch.dtype, ...] = (
         raise ValueError(
             f"{name} must have a batch dimension, [B, ...]; got a 0-dimensional tensor. Pass {name}.reshape(1)."
         )
-    if isinstance(tensor, Tensor) and tensor.layout != torch.strided:
+    if tensor.layout != torch.strided:
         raise ValueError(f"{name} must be a dense tensor; got layout {tensor.layout}. Pass {name}.to_dense().")
 
 
-def same_shape(first: str, a: Tensor, second: str, b: Tensor) -> None:
+def same_shape(first: str, a: Any, second: str, b: Any) -> None:
     if a.shape != b.shape:
         raise ValueError(
             f"{first} and {second} must have one shape; got {tuple(a.shape)} and {tuple(b.shape)}. "
@@ -72,7 +75,7 @@ def same_shape(first: str, a: Tensor, second: str, b: Tensor) -> None:
         )
 
 
-def same_device(first: str, a: Tensor, second: str, b: Tensor) -> None:
+def same_device(first: str, a: Any, second: str, b: Any) -> None:
     if a.device != b.device:
         raise ValueError(
             f"{first} and {second} must be on one device; got {a.device} and {b.device}. "
@@ -80,7 +83,7 @@ def same_device(first: str, a: Tensor, second: str, b: Tensor) -> None:
         )
 
 
-def gaussian(mu: Tensor, logvar: Tensor) -> None:
+def gaussian(mu: Any, logvar: Any) -> None:
     float_tensor("mu", mu)
     float_tensor("logvar", logvar)
     same_shape("mu", mu, "logvar", logvar)
@@ -98,7 +101,7 @@ def halves(packed: Tensor, dim: int) -> int:
     return dim % packed.ndim
 
 
-def images(recon: Tensor, target: Tensor) -> None:
+def images(recon: Any, target: Any) -> None:
     float_tensor("recon", recon)
     float_tensor("target", target, also=(torch.uint8,))
     same_shape("recon", recon, "target", target)
@@ -200,7 +203,7 @@ def loss_inputs(tensors: ElboTensors, numbers: ElboNumbers, spec: Any) -> None:
     for name, number in zip(numbers._fields, numbers, strict=True):
         if isinstance(number, Tensor | TensorMeta):
             same_device(name, number, "the inputs", like)
-    mask_normalize = spec.likelihood is not None and spec.likelihood.mask_normalize
+    mask_normalize = getattr(spec.likelihood, "mask_normalize", False)  # no likelihood that is given by name has it
     defined(spec.free_bits, spec.capacity_mode, mask_normalize, both)
 
 

@@ -24,7 +24,13 @@ def needs_copy(meta: Any) -> bool:
     """Whether a tensor of this meta cannot be read in place: its negation is still to be done, its dimensions are too
     many, or it holds one value per sample in strides.
     """
-    return meta.negated or meta.ndim > _MAX_DIMS or (meta.ndim == 1 and meta.shape[0] > 1 and meta.strides[0] != 1)
+    if meta.ndim == 1:
+        return bool(meta.negated or (meta.shape[0] > 1 and meta.strides[0] != 1))
+    return bool(meta.negated or (meta.ndim > _MAX_DIMS and not _is_contiguous(meta)))
+
+
+def _is_contiguous(meta: Any) -> bool:
+    return bool(torch.empty_strided(meta.shape, meta.strides, device="meta").is_contiguous())
 
 
 def readable(tensor: Tensor) -> Tensor:

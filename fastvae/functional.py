@@ -1,18 +1,18 @@
 """The public functions."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastvae_kernels.types import Clamp, ElboNumbers, ElboTensors
 
-from . import _checks, likelihoods
-from .likelihoods import SPECS, Likelihood, Resolved
-from .ops.batch_terms import elbo_with_batch_terms
+from . import _checks
+from ._batch_terms import elbo_with_batch_terms, needs_batch_terms
+from .likelihoods import SPECS, Likelihood, LikelihoodSpec, resolve_likelihood
+from .ops._elbo_plan import LossSpec
 from .ops.elbo import elbo
-from .ops.plan import LossSpec
 from .regularizers import Capacity, FreeBits
 from .sampling import philox, sample
 
@@ -115,7 +115,7 @@ def gaussian_kl(
 
     Source: Kingma & Welling, arXiv:1312.6114, appendix B.
     """
-    prior_mu, prior_logvar = _prior(prior, mu)
+    prior_mu, prior_logvar = (None, None) if prior is None else _checks.prior(prior, mu)
     tensors = ElboTensors(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar)
     spec = LossSpec(None, _checks.reduction(reduction), reduction, _checks.logvar_clamp(logvar_clamp))
     return elbo(tensors, ElboNumbers(), spec)[2]
@@ -147,10 +147,13 @@ def reconstruction_loss(
         ValueError: shapes or devices differ; unknown likelihood or reduction; mask_normalize without a normaliser.
         TypeError: not a floating point tensor (or uint8, for `target`); a mask that is not bool.
     """
-    resolved = _resolve(likelihood, recon, target)
-    tensors = _with_images(ElboTensors(), resolved, recon, target, weight, mask, extra)
-    spec = LossSpec(resolved.spec, _checks.reduction(reduction), reduction, one_pass=True)
-    function = elbo_with_batch_terms if resolved.spec.optimal_scale else elbo
+    likelihood_spec, log_scale, sample_log_scale, extra, extra_map = resolve_likelihood(likelihood, recon, extra)
+    if mask is not None:
+        mask = _checks.mask(mask, recon)
+    images = ElboTensors(recon, target, log_scale, extra_map, mask=mask)
+    tensors = images._replace(weight=weight, extra=extra, sample_log_scale=sample_log_scale)
+    spec = LossSpec(likelihood_spec, _checks.reduction(reduction), reduction, one_pass=True)
+    function = elbo_with_batch_terms if needs_batch_terms(spec) else elbo
     return function(tensors, ElboNumbers(), spec)[1]
 
 
@@ -230,7 +233,9 @@ def vae_loss(
 
     Source: Kingma & Welling, arXiv:1312.6114, eq. 10; beta: Higgins et al., beta-VAE, ICLR 2017.
     """
-    n_latents = None
+    n_latents = capacity_nats = capacity_mode = prior_mu = prior_logvar = log_scale = sample_log_scale = extra_map = (
+        None
+    )
     if kl is not None:
         _checks.kl_given(recon, mu, logvar, prior, logvar_clamp, free_bits, kl_reduction or reduction)
         n_latents, mu = None if mu is None else mu.numel(), None
@@ -238,66 +243,33 @@ def vae_loss(
         _checks.overwritable(recon, target, recon_weight, one_pass)
     if free_bits is not None or capacity is not None:
         _checks.regularizers(free_bits, FreeBits, capacity, Capacity)
-    resolved = _resolve(likelihood, recon, target)
-    spec = LossSpec(
-        resolved.spec,
-        recon_reduction or reduction,
-        kl_reduction or reduction,
-        None if logvar_clamp is None else _checks.logvar_clamp(logvar_clamp),
-        free_bits,
-        None if capacity is None else capacity.mode,
-        one_pass,
-        inplace,
-        n_latents,
-    )
-    numbers = ElboNumbers(
-        beta if type(beta) is float else _checks.weight("beta", beta),
-        recon_weight if type(recon_weight) is float else _checks.weight("recon_weight", recon_weight),
-        None if capacity is None else _checks.weight("capacity", capacity.nats),
-    )
-    prior_mu, prior_logvar = (None, None) if prior is None else _prior(prior, mu)
-    latents = ElboTensors(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar, kl=kl)
-    tensors = _with_images(latents, resolved, recon, target, weight, mask, extra)
-    of_batch = resolved.spec.optimal_scale or (free_bits is not None and free_bits.mode == "dim_batch")
-    return VAELossTerms(*(elbo_with_batch_terms if of_batch else elbo)(tensors, numbers, spec))
-
-
-def _resolve(likelihood: str | Likelihood, recon: Tensor, target: Tensor) -> Resolved:
-    spec = SPECS.get(likelihood) if isinstance(likelihood, str) else None
-    if spec is not None:
-        return Resolved(spec)
-    return likelihoods.resolve_scale(likelihoods.resolve(likelihood), recon, target)
-
-
-def _with_images(
-    latents: ElboTensors,
-    resolved: Resolved,
-    recon: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    mask: Tensor | None,
-    extra: Tensor | None,
-) -> ElboTensors:
-    extra_map = None
-    if extra is not None and resolved.log_scale is not None:  # divided by a scale that each element has
-        _checks.per_sample("extra", extra, recon)
-        extra_map = extra if resolved.folded_factor == 1 else extra / resolved.folded_factor
-        extra_map, extra = extra_map.reshape(-1, *[1] * (recon.ndim - 1)).expand(recon.shape), None
-    return latents._replace(
-        recon=recon,
-        target=target,
-        log_scale=resolved.log_scale,
-        extra_map=extra_map,
-        mask=None if mask is None else _checks.mask(mask, recon),
-        weight=weight,
-        extra=extra,
-        sample_log_scale=resolved.sample_log_scale,
-    )
-
-
-def _prior(prior: Any, mu: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """(mu, logvar) of the prior in the shape of the posterior's."""
-    return (None, None) if prior is None or mu is None else _checks.prior(prior, mu)
+    if capacity is not None:
+        capacity_nats, capacity_mode = _checks.weight("capacity", capacity.nats), capacity.mode
+    if prior is not None and mu is not None:
+        prior_mu, prior_logvar = _checks.prior(prior, mu)
+    if mask is not None:
+        mask = _checks.mask(mask, recon)
+    spec_of_likelihood: str | LikelihoodSpec
+    if type(likelihood) is str and likelihood in SPECS:
+        spec_of_likelihood = likelihood
+    else:
+        resolved = resolve_likelihood(likelihood, recon, extra)
+        spec_of_likelihood, log_scale, sample_log_scale, extra, extra_map = resolved
+    if type(beta) is not float:
+        beta = _checks.weight("beta", beta)
+    if type(recon_weight) is not float:
+        recon_weight = _checks.weight("recon_weight", recon_weight)
+    if logvar_clamp is not None:
+        logvar_clamp = _checks.logvar_clamp(logvar_clamp)
+    # in the order of LossSpec, ElboTensors and ElboNumbers
+    reductions = recon_reduction or reduction, kl_reduction or reduction
+    spec = (spec_of_likelihood, *reductions, logvar_clamp, free_bits, capacity_mode, one_pass, inplace, n_latents)
+    images = recon, target, log_scale, extra_map
+    tensors = (*images, mu, logvar, prior_mu, prior_logvar, mask, kl, weight, extra, sample_log_scale)
+    numbers = beta, recon_weight, capacity_nats
+    if needs_batch_terms(spec):
+        return VAELossTerms(*elbo_with_batch_terms(tensors, numbers, spec))
+    return VAELossTerms(*elbo(tensors, numbers, spec))
 
 
 def philox_normal(

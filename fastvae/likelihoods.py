@@ -306,26 +306,35 @@ NAMED: dict[str, Elementwise] = {
 
 
 SPECS = {name: likelihood.spec for name, likelihood in NAMED.items()}
+_NAMES = {spec: name for name, spec in SPECS.items()}
 
 
 class Resolved(NamedTuple):
-    """A likelihood for images of one shape."""
+    """A likelihood, and an extra error, for images of one shape."""
 
-    spec: LikelihoodSpec
+    spec: str | LikelihoodSpec  # a name, if it is one of `SPECS`: equal spellings share a plan
     log_scale: Tensor | None = None  # in the shape of recon
     sample_log_scale: Tensor | None = None  # 0-d or [B]
-    folded_factor: float = 1.0  # of the error, that log_scale holds
+    extra: Tensor | None = None  # [B]
+    extra_map: Tensor | None = None  # in the shape of recon
 
 
-def resolve_scale(likelihood: Likelihood, recon: Tensor, target: Tensor) -> Resolved:
-    """What a loss is given of a likelihood with a scale that is a tensor."""
+def resolve_likelihood(likelihood: str | Likelihood, recon: Tensor, extra: Tensor | None = None) -> Resolved:
+    """What a loss is given of a likelihood.
+
+    Raises:
+        ValueError, TypeError: unknown name; no likelihood; a scale that does not fit.
+    """
+    likelihood = resolve(likelihood)
     spec = likelihood.spec
+    if spec in _NAMES:
+        return Resolved(_NAMES[spec], None, None, extra)
     log_scale = likelihood.log_scale if isinstance(likelihood, _WithScale) else None
     if not isinstance(log_scale, Tensor):
-        return Resolved(spec)
+        return Resolved(spec, None, None, extra)
     _checks.same_device("the likelihood's scale", log_scale, "recon", recon)
     if log_scale.numel() == 1 or log_scale.shape in (recon.shape[:1], (*recon.shape[:1], *[1] * (recon.ndim - 1))):
-        return Resolved(spec, None, log_scale.reshape(() if log_scale.numel() == 1 else -1))
+        return Resolved(spec, None, log_scale.reshape(() if log_scale.numel() == 1 else -1), extra)
     if spec.factor != 1 or spec.softclip is not None:  # more than the op acts on it: round once
         log_scale = log_scale.to(compute_dtype(log_scale))
     log_scale = soft_lower_bound(log_scale, spec.softclip)
@@ -334,7 +343,13 @@ def resolve_scale(likelihood: Likelihood, recon: Tensor, target: Tensor) -> Reso
         log_scale = log_scale - math.log(factor)
         constant = spec.constant + spec.nll_weight * math.log(factor)
         spec = spec._replace(factor=1.0, constant=constant)
-    return Resolved(spec, _checks.expanded("the likelihood's scale", log_scale, "recon", recon), None, factor)
+    log_scale = _checks.expanded("the likelihood's scale", log_scale, "recon", recon)
+    extra_map = None
+    if extra is not None:  # divided by a scale that each element has, which holds the factor
+        _checks.per_sample("extra", extra, recon)
+        extra_map = extra if factor == 1 else extra / factor
+        extra_map = extra_map.reshape(-1, *[1] * (recon.ndim - 1)).expand(recon.shape)
+    return Resolved(spec, log_scale, None, None, extra_map)
 
 
 def resolve(likelihood: str | Likelihood) -> Likelihood:

@@ -66,7 +66,7 @@ class VAELoss(nn.Module):
         resolved = likelihoods.resolve(likelihood)
         reductions = _checks.reductions(reduction, recon_reduction, kl_reduction)
         _checks.regularizers(free_bits, FreeBits, capacity, Capacity)
-        _checks.defined(free_bits, capacity and capacity.mode, resolved.mask_normalize, reductions)
+        _checks.defined(free_bits, None if capacity is None else capacity.mode, resolved.mask_normalize, reductions)
         self._hold("beta", beta)
         self._hold("recon_weight", recon_weight)
         self.likelihood = likelihood  # as it was given: a name stays one

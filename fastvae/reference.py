@@ -119,9 +119,9 @@ def elbo(tensors: ElboTensors, numbers: ElboNumbers, options: ElboOptions) -> Te
     n_selected: float | Tensor = 0.0
     if tensors.recon is not None:
         errors = total(_errors(tensors, options))
-        n_selected = (
-            float(tensors.recon[0].numel() if by_sample else tensors.recon.numel()) if len(tensors.recon) else 0.0
-        )
+        n_selected = tensors.recon.numel()
+        if by_sample:
+            n_selected = math.prod(tensors.recon.shape[1:])
         if tensors.mask is not None:
             n_selected = total(tensors.mask.to(errors.dtype))
     if tensors.kl is not None:

@@ -35,7 +35,7 @@ def sample(
     try:
         metas = tuple(
             [
-                None if t is None else (t.shape, t.stride(), t.dtype, t.device, False, t.is_neg())
+                None if t is None else (t.shape, t.stride(), t.dtype, t.device, False, t.is_neg(), Tensor, t.layout)
                 for t in (first, second)
             ]
         )
@@ -49,7 +49,8 @@ def sample(
     if at.copies_inputs:
         mu, logvar = readable(mu), readable(logvar)
         return sample(mu, logvar, generator, seed, offset, logvar_clamp, with_kl=with_kl)
-    _checks.noise_source(mu, generator, seed, offset)
+    if not (generator is None and seed is None and offset == 0):
+        _checks.noise_source(mu, generator, seed, offset)
     drawn = seed is None and at.draws_noise
     noise = _drawn(mu, generator) if drawn else _philox_noise(mu, generator, seed, offset)
     z, kl = ReparamKLFunction.apply(at, noise, first, second)  # type: ignore[no-untyped-call]

@@ -93,7 +93,7 @@ def leaf():
         (lambda: loss(beta="1"), TypeError, "beta must be a float or a 0-dimensional tensor; got str"),
         (lambda: loss(beta=torch.ones(1)), ValueError, r"beta must be .* of shape \(1,\)"),
         (lambda: loss(recon_weight=torch.tensor(1)), ValueError, "recon_weight must be .* got int64"),
-        (lambda: loss(kl=torch.ones(2)), ValueError, "kl= replaces logvar"),
+        (lambda: loss(kl=torch.ones(2)), ValueError, "Drop logvar: kl= replaces it"),
         (lambda: loss(logvar=None, kl=torch.ones(3)), ValueError, r"\[B\] = \(2,\).*got \(3,\)"),
         (lambda: loss(logvar=None, kl=torch.ones(2), logvar_clamp=(-1, 1)), ValueError, "cannot act on kl="),
         (

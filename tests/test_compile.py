@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from fastvae._options import ElboOptions, ElboTensors, ErrorOptions, FloorOptions
-from fastvae.ops._registered import _packed
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -223,13 +221,6 @@ def test_meta_tensors(bounds):
 OPERATORS = torch.ops.fastvae
 
 
-def elbo_arguments(**options):
-    floored = FloorOptions(0.2, "dim") if "floor" in options.pop("also", ()) else None
-    packed = _packed(ElboOptions(beta=torch.tensor(0.5), error=ErrorOptions("huber"), floor=floored, **options))
-    tensors = ElboTensors(*(torch.rand(4, 6) for _ in range(7)), mask=torch.rand(4, 6) > 0.5)
-    return tensors, packed
-
-
 SAMPLES = {
     "reparam_kl": lambda: (torch.randn(3, 4), torch.randn(3, 4), torch.tensor([3]), 4, None, None, True),
     "reparam_kl without KL": lambda: (torch.randn(3, 4), torch.randn(3, 4), torch.tensor([3]), 0, -1.0, 1.0, False),
@@ -250,16 +241,6 @@ def test_sampling_ops_are_well_defined(backend, name):
 def leaves(arguments):
     for x in arguments:
         yield x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
-
-
-@pytest.mark.parametrize("per_sample", [False, True])
-@pytest.mark.parametrize("also", [(), ("floor",)], ids=str)
-def test_loss_ops_are_well_defined(backend, also, per_sample):
-    tensors, packed = elbo_arguments(per_sample=per_sample, also=also)
-    opcheck(OPERATORS.elbo_fwd.default, (*tensors, torch.empty(4, 6), torch.empty(4, 6), *packed))
-    upstream = torch.rand(4) if per_sample else torch.tensor(3.0)
-    buffers = [torch.empty(4, 6) for _ in range(7)]
-    opcheck(OPERATORS.elbo_bwd.default, (*tensors, upstream, None, None, None, *buffers, None, *packed, False))
 
 
 def test_ops_on_a_device_that_draws_its_own_noise(backend, monkeypatch):

@@ -270,7 +270,7 @@ def test_the_last_of_more_than_2_31_latents():
 
 @pytest.mark.usefixtures("_untouched")
 def test_the_last_of_more_than_2_31_pixels(monkeypatch):
-    monkeypatch.setattr("fastvae_kernels.elbo_bwd._MAX_IMAGE_PROGRAMS", 2**16)  # short walks: quicker to interpret
+    monkeypatch.setattr("fastvae_kernels.plan.MAX_IMAGE_PROGRAMS_BWD", 2**16)  # short walks: quicker to interpret
     recon, target = promised((1, N_HUGE), BF16).requires_grad_(), promised((1, N_HUGE), U8)
     with torch.no_grad():
         recon[0, -1000:] = torch.rand(1000)

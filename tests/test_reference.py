@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from fastvae._options import ElboOptions, ElboTensors
 
 from fastvae import reference
+from fastvae_kernels.types import ElboNumbers, ElboOptions, ElboTensors
 
 from . import oracle
 from .oracle import DTYPES, assert_near
@@ -38,14 +38,16 @@ def test_loss(dtype, per_sample, bytes_target):
     target = torch.rand(3, 2, 5, dtype=torch.float64)
     target = (target * 255).byte() if bytes_target else target.to(dtype)
     mu, logvar = (torch.randn(3, 4, dtype=torch.float64).to(dtype).requires_grad_() for _ in range(2))
-    options = ElboOptions(beta=0.5, recon_weight=2.0, recon_scale=0.25, kl_scale=0.125, per_sample=per_sample)
-    loss, recon_term, kl_term, _ = reference.elbo(ElboTensors(recon, target, mu=mu, logvar=logvar), options)
+    normalizers = (1.0, 1.0) if per_sample else (0.25, 0.125)
+    options = ElboOptions(recon_normalizer=normalizers[0], kl_normalizer=normalizers[1], per_sample=per_sample)
+    tensors = ElboTensors(recon, target, mu=mu, logvar=logvar)
+    loss, recon_term, kl_term = reference.elbo(tensors, ElboNumbers(beta=0.5, recon_weight=2.0), options)
 
     leaves = [oracle.leaf(t) for t in (recon, mu, logvar)]
     true_target = target if bytes_target else target.double()
     reduction = "none" if per_sample else "sum"
-    true_recon = 0.25 * oracle.reduce(oracle.squared_error(leaves[0], true_target), reduction)
-    true_kl = 0.125 * oracle.reduce(oracle.kl(*leaves[1:]), reduction)
+    true_recon = normalizers[0] * oracle.reduce(oracle.squared_error(leaves[0], true_target), reduction)
+    true_kl = normalizers[1] * oracle.reduce(oracle.kl(*leaves[1:]), reduction)
     true_loss = 2.0 * true_recon + 0.5 * true_kl
     for actual, true in ((loss, true_loss), (recon_term, true_recon), (kl_term, true_kl)):
         assert_near(actual.detach(), true.detach(), true.detach().abs() + 1, ulps=8)

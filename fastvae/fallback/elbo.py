@@ -1,6 +1,7 @@
 """The loss of a VAE in few passes: what the kernel of this name does, for any device."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -39,8 +40,8 @@ class SampleGraph(NamedTuple):
     inputs: tuple[Any, ...]  # errors, KL, KL under free bits, weight, extra, log scale, beta, recon_weight, capacity
     outputs: tuple[Tensor, Tensor, Tensor]
 
-    def backward(self, upstream: tuple[Tensor | None, ...]) -> list[Tensor | None]:
-        """Gradients of the inputs; None where there is none."""
+    def backward(self, upstream: tuple[Tensor | None, ...]) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """Gradients of the sums and of the other inputs; None where there is none."""
         used = [(o, u) for o, u in zip(self.outputs, upstream, strict=True) if u is not None and o.requires_grad]
         asked = [t for t in self.inputs if isinstance(t, Tensor) and t.requires_grad]
         found: dict[int, Tensor | None] = {}
@@ -48,14 +49,11 @@ class SampleGraph(NamedTuple):
             outputs, gradients = zip(*used, strict=True)
             result = torch.autograd.grad(outputs, asked, gradients, retain_graph=True, allow_unused=True)
             found = {id(t): g for t, g in zip(asked, result, strict=True)}
-        return [found.get(id(t)) for t in self.inputs]
+        found_in_place = [found.get(id(t)) for t in self.inputs]
+        return found_in_place[:3], found_in_place[3:]
 
 
-class ElboOutputs(NamedTuple):
-    loss: Tensor
-    recon: Tensor
-    kl: Tensor
-    saved: tuple[Any, ...]  # for `elbo_bwd`
+Outputs = tuple[Tensor, Tensor, Tensor, tuple[Any, ...]]
 
 
 def plan_elbo(metas: ElboTensors, numbers: ElboNumbers, options: ElboOptions, writes_gradient: bool) -> ElboPlan:
@@ -81,13 +79,14 @@ def plan_elbo(metas: ElboTensors, numbers: ElboNumbers, options: ElboOptions, wr
 
 
 def elbo_fwd(
-    plan: ElboPlan, tensors: ElboTensors, numbers: ElboNumbers, drecon: Tensor | None, dlog_scale: Tensor | None
-) -> ElboOutputs:
-    """Return (loss, recon term, KL term); arguments as the function of this name of the kernels."""
+    plan: ElboPlan, inputs: Sequence[Any], numbers: Sequence[Any], drecon: Tensor | None, dlog_scale: Tensor | None
+) -> Outputs:
+    """As the function of this name of the kernels."""
+    tensors = ElboTensors(*inputs)
     if plan.by_sample:
-        return _elbo_fwd_by_sample(plan, tensors, numbers, drecon, dlog_scale)
+        return _elbo_fwd_by_sample(plan, tensors, ElboNumbers(*numbers), drecon, dlog_scale)
     # plain numbers wherever the host may read them: arithmetic on those costs nothing
-    beta, recon_weight = _value(numbers.beta), _value(numbers.recon_weight)
+    beta, recon_weight = _value(numbers[0]), _value(numbers[1])
     recon_term: Coefficient = 0.0
     kl_term: Coefficient = 0.0
     regularized: Coefficient | None = None
@@ -111,12 +110,12 @@ def elbo_fwd(
     kl_term = kl_term.clone() if kl_term is tensors.kl else kl_term
     # the values of tensors may change before the backward pass
     seen = [n.clone() if isinstance(n, Tensor) else n for n in (beta, recon_weight)]
-    return ElboOutputs(loss, recon_term, kl_term, (*seen,))
+    return loss, recon_term, kl_term, (*seen,)
 
 
 def _elbo_fwd_by_sample(
     plan: ElboPlan, tensors: ElboTensors, numbers: ElboNumbers, drecon: Tensor | None, dlog_scale: Tensor | None
-) -> ElboOutputs:
+) -> Outputs:
     options, dtype = plan.options, plan.dtype
     errors = kl = regularized = None
     n_selected: float | Tensor = 0.0
@@ -132,13 +131,12 @@ def _elbo_fwd_by_sample(
     kl = tensors.kl
     if kl is None and tensors.mu is not None:
         kl, regularized = kl_terms(tensors, options, plan.dtype)
-    numbers = ElboNumbers(*(n.clone() if isinstance(n, Tensor) else n for n in numbers))  # a schedule may step them
     small = tensors.weight, tensors.extra, tensors.sample_log_scale, *numbers
     with torch.set_grad_enabled(plan.differentiable):
         sums = [
             None if t is None else t.detach().requires_grad_(plan.differentiable) for t in (errors, kl, regularized)
         ]
-        leaves = [t.detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for t in small]
+        leaves = [_leaf(t) if isinstance(t, Tensor) else t for t in small]
         outputs = reference.combine(
             *(sums[0], n_selected, sums[1], sums[2]),
             tensors._replace(weight=leaves[0], extra=leaves[1], sample_log_scale=leaves[2]),
@@ -146,33 +144,43 @@ def _elbo_fwd_by_sample(
             options,
         )
     loss, recon_term, kl_term = (t.detach() for t in outputs)
-    return ElboOutputs(loss, recon_term, kl_term, (SampleGraph((*sums, *leaves), outputs),))
+    return loss, recon_term, kl_term, (SampleGraph((*sums, *leaves), outputs),)
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    """The same values in a graph of their own; those of a number are copied, because a schedule may step it."""
+    leaf = tensor.detach()
+    return (leaf if leaf.ndim else leaf.clone()).requires_grad_(tensor.requires_grad)
+
+
+_FIRST_SMALL = ElboTensors._fields.index("weight")  # behind it are gradients of one value per sample, and of numbers
 
 
 def elbo_bwd(
     plan: ElboPlan,
-    tensors: ElboTensors,
-    numbers: ElboNumbers,
+    inputs: Sequence[Any],
+    numbers: Sequence[Any],
     saved: tuple[Any, ...],
-    upstream: tuple[Tensor | None, Tensor | None, Tensor | None],
-    gradients: ElboTensors,
-    number_gradients: ElboNumbers,
+    upstream: tuple[Tensor | None, ...],
+    buffers: Sequence[Tensor | None],
     *,
     held: bool,
-) -> tuple[ElboTensors, ElboNumbers]:
-    """Return the gradients that are wanted; arguments as the function of this name of the kernels."""
+) -> Sequence[Tensor | None]:
+    """As the function of this name of the kernels."""
+    tensors, gradients = ElboTensors(*inputs), ElboTensors(*buffers[: len(ElboTensors._fields)])
+    small: Sequence[Tensor | None] = buffers[_FIRST_SMALL:]
     dloss, drecon_term, dkl_term = upstream
     options = plan.options
     factor: Coefficient = 1.0
+    of_error: Coefficient
+    of_kl: Coefficient
+    of_free_bits: Coefficient
     if plan.by_sample:
         graph: SampleGraph = saved[0]
-        of_error, of_kl, of_free_bits, *small = graph.backward(upstream)
+        of_sums, small = graph.backward(upstream)
+        of_error, of_kl, of_free_bits = (0.0 if gradient is None else gradient for gradient in of_sums)
         if held:
-            factor = _combine(dloss, 1.0, None if drecon_term is None else drecon_term / numbers.recon_weight)
-        gradients = gradients._replace(
-            **{name: g for name, g in zip(_SAMPLE_TENSORS, small, strict=False) if getattr(gradients, name) is not None}
-        )
-        number_gradients = ElboNumbers(*small[3:])
+            factor = _combine(dloss, 1.0, None if drecon_term is None else drecon_term / numbers[1])
     else:
         beta, recon_weight = saved
         of_error = _combine(dloss, recon_weight, drecon_term)
@@ -181,29 +189,29 @@ def elbo_bwd(
         of_error = of_error * plan.recon_scale
         has_free_bits = options.free_bits is not None
         of_kl = _combine(None if has_free_bits else dloss, beta, dkl_term) * options.kl_normalizer
-        of_free_bits = _combine(dloss, beta, None) * options.kl_normalizer if has_free_bits else None
+        of_free_bits = _combine(dloss, beta, None) * options.kl_normalizer if has_free_bits else 0.0
     _image_gradients(plan, tensors, gradients, of_error, factor, held=held)
     if gradients.kl is not None:
-        gradients.kl.copy_(of_kl) if isinstance(of_kl, Tensor) else gradients.kl.fill_(0.0 if of_kl is None else of_kl)
+        gradients.kl.copy_(of_kl) if isinstance(of_kl, Tensor) else gradients.kl.fill_(of_kl)
     if any(g is not None for g in gradients[4:8]):
         like = tensors.logvar if tensors.logvar is not None else tensors.mu
-        by_row = [0.0 if c is None else _per_row(c, like) for c in (of_kl, of_free_bits)]
+        by_row = [_per_row(c, like) for c in (of_kl, of_free_bits)]
         kl_gradients(tensors, gradients, by_row[0], by_row[1] if options.element_free_bits else None, options)
-    return gradients, number_gradients
+    return (*gradients[:_FIRST_SMALL], *small)
 
 
-def seen_numbers(plan: ElboPlan, saved: tuple[Any, ...], numbers: ElboNumbers) -> ElboNumbers:
+def seen_numbers(plan: ElboPlan, saved: tuple[Any, ...], numbers: Sequence[Any]) -> Sequence[Any]:
     """As the function of this name of the kernels."""
     if plan.by_sample:
-        return ElboNumbers(*(t.detach() if isinstance(t, Tensor) else t for t in saved[0].inputs[6:]))
-    return ElboNumbers(*saved)
+        return [t.detach() if isinstance(t, Tensor) else t for t in saved[0].inputs[6:]]
+    return (*saved, None)
 
 
 def _image_gradients(
     plan: ElboPlan,
     tensors: ElboTensors,
     gradients: ElboTensors,
-    coefficient: Coefficient | None,
+    coefficient: Coefficient,
     factor: Coefficient,
     *,
     held: bool,
@@ -216,10 +224,7 @@ def _image_gradients(
         for gradient in wanted:
             _rescale(gradient, factor)
     else:
-        write_gradients(_images(tensors, gradients), 0.0 if coefficient is None else coefficient, plan.options.error)
-
-
-_SAMPLE_TENSORS = ("weight", "extra", "sample_log_scale")
+        write_gradients(_images(tensors, gradients), coefficient, plan.options.error)
 
 
 def _error_factor(tensors: ElboTensors, options: ElboOptions, factor: float) -> Coefficient:

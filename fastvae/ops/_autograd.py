@@ -10,8 +10,18 @@ def materialize_grads(upstream: Sequence[Tensor | None], *, contiguous: bool = T
     """Upstream gradients as a kernel can read them: with memory (double backward of abs makes zeros without), no lazy
     negation.
     """
-    made = (t if t is None else torch.zeros_like(t) if t._is_zerotensor() else t.resolve_neg() for t in upstream)
-    return tuple([t.contiguous() if contiguous and t is not None else t for t in made])
+    return tuple(
+        [
+            t
+            if t is None
+            else torch.zeros_like(t)
+            if t._is_zerotensor()
+            else t.resolve_neg().contiguous()
+            if contiguous
+            else t.resolve_neg()
+            for t in upstream
+        ]
+    )
 
 
 def alias_inputs(inputs: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:

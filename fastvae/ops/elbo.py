@@ -11,137 +11,143 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastvae_kernels.types import ElboNumbers, ElboTensors
+from fastvae_kernels.types import ElboNumbers, ElboTensors, meta_of
 
 from .. import _backend, _checks, reference
 from .._strides import readable, with_strides
 from ..reference import Terms
 from ._autograd import alias_inputs, gradients_through, materialize_grads
-from .plan import LossSpec, Plan, plan, resolve
+from ._elbo_plan import LossSpec, Plan, Reach, plan, resolve
 
 _N_TENSORS = len(ElboTensors._fields)
-_LOG_SCALE, _WEIGHT = ElboTensors._fields.index("log_scale"), ElboTensors._fields.index("weight")
-_RECON_TERM = {ElboTensors._fields.index(name) for name in ("recon", "target", "log_scale", "extra_map", "extra")}
-_RECON_TERM.add(ElboTensors._fields.index("sample_log_scale"))
+_LOG_SCALE = ElboTensors._fields.index("log_scale")
 
 
-def elbo(tensors: ElboTensors, numbers: ElboNumbers, spec: LossSpec) -> Terms:
-    """(loss, recon term, KL term), differentiable in every tensor and number."""
+def elbo(tensors: Sequence[Any], numbers: Sequence[Any], spec: Sequence[Any]) -> Terms:
+    """(loss, recon term, KL term), differentiable in every tensor and number.
+
+    Args:
+        tensors, numbers, spec: The fields of `ElboTensors`, `ElboNumbers` and `LossSpec`; plain tuples, because to name
+            their fields takes as long as to look up the plan.
+    """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        _checks.loss_inputs(tensors, numbers, spec)
-        return reference.elbo(tensors, numbers, resolve(spec, tensors))
+        return _traced(ElboTensors(*tensors), ElboNumbers(*numbers), LossSpec(*spec))
+    given = [t for t in tensors if t is not None]
     try:
-        metas, number_metas = [
-            tuple(
-                [
-                    None
-                    if t is None or type(t) is float
-                    else (t.shape, t.stride(), t.dtype, t.device, t.requires_grad, t.is_neg(), type(t))
-                    for t in group
-                ]
-            )
-            for group in (tensors, numbers)
-        ]
-    except (AttributeError, TypeError, RuntimeError):
-        _checks.loss_inputs(tensors, numbers, spec)  # says which is not a dense tensor
+        metas = tuple(
+            [
+                None
+                if t is None
+                else (t.shape, t.stride(), t.dtype, t.device, t.requires_grad, t.is_neg(), type(t), t.layout)
+                for t in tensors
+            ]
+        )
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError):
+        _checks.loss_inputs(ElboTensors(*tensors), ElboNumbers(*numbers), LossSpec(*spec))  # says which is no tensor
         raise
+    number_metas: tuple[Any, ...] = _FLOATS
+    for number in numbers:
+        if isinstance(number, Tensor):
+            number_metas = tuple([meta_of(n) if isinstance(n, Tensor) else None for n in numbers])
+            given += [n for n in numbers if isinstance(n, Tensor)]
+            break
     grad_enabled = torch.is_grad_enabled()
     at = plan(_backend.choice(), spec, metas, number_metas, grad_enabled)
     if at.backend is None:
-        return reference.elbo(tensors, numbers, at.options)
+        return reference.elbo(ElboTensors(*tensors), ElboNumbers(*numbers), at.options)
     if at.copies_inputs:
         copies = [readable(t) if isinstance(t, Tensor) else t for t in (*tensors, *numbers)]
-        return elbo(ElboTensors(*copies[:_N_TENSORS]), ElboNumbers(*copies[_N_TENSORS:]), spec)
+        return elbo(copies[:_N_TENSORS], copies[_N_TENSORS:], spec)
     if not grad_enabled and forward_ad._current_level < 0:  # no node of a graph is needed
         outputs = at.backend.elbo_fwd(at.launches, tensors, numbers, None, None)
         return outputs.loss, outputs.recon, outputs.kl
-    terms: Terms = ElboFunction.apply(at, *tensors, *numbers)  # type: ignore[no-untyped-call]
+    terms: Terms = ElboFunction.apply(at, numbers, *given)  # type: ignore[no-untyped-call]
     return terms
 
 
+_FLOATS = (None,) * len(ElboNumbers._fields)
+
+
+def _traced(tensors: ElboTensors, numbers: ElboNumbers, spec: LossSpec) -> Terms:
+    """For compilers and dispatch modes: the plain formula, which a compiler fuses with its neighbours."""
+    _checks.loss_inputs(tensors, numbers, spec)
+    return reference.elbo(tensors, numbers, resolve(spec, tensors))
+
+
 class ElboFunction(torch.autograd.Function):
-    """(plan, *tensors, *numbers) -> (loss, recon term, KL term)."""
+    """(plan, numbers, *inputs) -> (loss, recon term, KL term); inputs are in the places that the plan tells."""
 
     @staticmethod
-    def forward(ctx: Any, at: Plan, *inputs: Any) -> Terms:
+    def forward(ctx: Any, at: Plan, numbers: Any, *inputs: Tensor) -> Terms:
         ctx.set_materialize_grads(False)
-        tensors, numbers = ElboTensors(*inputs[:_N_TENSORS]), ElboNumbers(*inputs[_N_TENSORS:])
-        recon, log_scale = tensors.recon, tensors.log_scale
+        tensors = at.arrange((*inputs, None))[:_N_TENSORS]
         drecon = dlog_scale = None
-        if at.writes_gradient and numbers.recon_weight != 0:
-            drecon = recon.data if at.inplace else torch.empty_like(recon)
-            if log_scale is not None and ctx.needs_input_grad[_LOG_SCALE + 1]:
+        kept: Sequence[Tensor | None] = inputs
+        if at.writes_gradient and numbers[1] != 0:
+            recon, log_scale = inputs[0], tensors[_LOG_SCALE]
+            if log_scale is not None and log_scale.requires_grad:
                 dlog_scale = torch.empty_like(log_scale)
-        outputs = at.backend.elbo_fwd(at.launches, tensors, numbers, drecon, dlog_scale)  # type: ignore[union-attr]
-        ctx.plan, ctx.numbers, ctx.state, ctx.recon_grad_ready = at, numbers, outputs.saved, drecon is not None
-        kept = inputs
-        if at.inplace and drecon is not None:
-            # whoever saved recon finds another version and raises; a kernel's stores do not count versions
-            torch.autograd.graph.increment_version(recon)
-            kept = None, None, *inputs[2:]
-        # tensor numbers without gradient may be stepped by a schedule: the backend keeps their values
-        kept = [
-            t if isinstance(t, Tensor) and (i < _N_TENSORS or t.requires_grad) else None for i, t in enumerate(kept)
-        ]
+            if at.inplace:
+                drecon = recon.data
+                # whoever saved recon finds another version and raises; a kernel's stores do not count versions
+                torch.autograd.graph.increment_version(recon)
+                kept = None, None, *inputs[2:]
+            else:
+                drecon = torch.empty_like(recon)
+        loss, recon_term, kl_term, state = at.backend.elbo_fwd(at.launches, tensors, numbers, drecon, dlog_scale)  # type: ignore[union-attr]
+        ctx.plan, ctx.numbers, ctx.state, ctx.recon_grad_ready = at, numbers, state, drecon is not None
+        if len(inputs) > at.n_tensors:
+            # a schedule may step numbers that get no gradient: the backend keeps their values
+            kept = [t if t is not None and (i < at.n_tensors or t.requires_grad) else None for i, t in enumerate(kept)]
         ctx.save_for_backward(*kept, drecon, dlog_scale)
-        return outputs.loss, outputs.recon, outputs.kl
+        return loss, recon_term, kl_term
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         at: Plan = ctx.plan
         *saved, drecon, dlog_scale = ctx.saved_tensors
-        inplace = at.inplace and drecon is not None
-        if inplace and (torch.is_grad_enabled() or not ctx.recon_grad_ready):
+        if at.inplace and drecon is not None and (torch.is_grad_enabled() or not ctx.recon_grad_ready):
             raise RuntimeError(
                 "inplace=True serves one backward pass without create_graph: the gradient has taken recon's memory. "
                 "Use inplace=False for retained graphs and second derivatives."
             )
         if torch.is_grad_enabled():  # create_graph=True: the kernels are not differentiable, the reference is
-            return None, *_differentiable_backward(ctx, saved, upstream)
+            return None, None, *_differentiable_backward(ctx, saved, upstream)
         upstream = materialize_grads(upstream)
-        dloss, drecon_term, dkl_term = upstream
-        reaches_recon = dloss is not None or drecon_term is not None
-        reaches_kl = dloss is not None or dkl_term is not None
-        held = ctx.recon_grad_ready and reaches_recon
+        dloss, of_recon, of_kl = upstream[0] is not None, upstream[1] is not None, upstream[2] is not None
+        reached = (dloss or of_recon, dloss or of_kl, dloss or of_recon or of_kl, dloss)  # by `Reach`
+        held = ctx.recon_grad_ready and reached[Reach.RECON]
         gradients: list[Tensor | None] = [None] * len(saved)
-        for place in at.differentiable:
-            if not ctx.needs_input_grad[place + 1]:
-                continue
-            if place == 0 and held:
+        reaches_any = False
+        for i, reach in at.differentiable:
+            if reached[reach] and ctx.needs_input_grad[i + 2]:
+                reaches_any = True
                 # handed out once, as a tensor with a version counter of its own: its new owner may do with it what it
                 # likes, and a second backward pass still finds every saved tensor unmodified
-                gradients[0] = drecon.data
-            elif place == _LOG_SCALE and held and dlog_scale is not None:
-                gradients[place] = dlog_scale.data
-            elif _reaches(place, dloss is not None, reaches_recon, reaches_kl):
-                gradients[place] = torch.empty_like(saved[place])
-        if all(gradient is None for gradient in gradients):
-            return None, *gradients
+                if held and i == 0:
+                    gradients[0] = with_strides(drecon, at.recon_strides).data
+                elif held and dlog_scale is not None and at.places[i] == _LOG_SCALE:
+                    gradients[i] = with_strides(dlog_scale, torch.empty_like(saved[i]).stride()).data
+                else:
+                    gradients[i] = torch.empty_like(saved[i])
+        if not reaches_any:
+            return None, None, *gradients
         ctx.recon_grad_ready = ctx.recon_grad_ready and not held
-        tensors = ElboTensors(
-            *[t if t is None else with_strides(t, s) for t, s in zip(saved, at.strides, strict=False)]
-        )
-        buffers = ElboTensors(*gradients[:_N_TENSORS]), ElboNumbers(*gradients[_N_TENSORS:])
-        by_tensor, by_number = at.backend.elbo_bwd(  # type: ignore[union-attr]
-            at.launches, tensors, ctx.numbers, ctx.state, upstream, *buffers, held=held
-        )
-        return None, *by_tensor, *by_number
-
-
-def _reaches(place: int, dloss: bool, reaches_recon: bool, reaches_kl: bool) -> bool:
-    """Whether the upstream gradients reach the input in this place."""
-    if place >= _N_TENSORS:
-        return dloss
-    if place == _WEIGHT:
-        return reaches_recon or reaches_kl
-    return reaches_recon if place in _RECON_TERM else reaches_kl
+        for i, tensor in enumerate(saved):
+            if tensor is not None and tensor.stride() != at.strides[i]:
+                saved[i] = with_strides(tensor, at.strides[i])
+        inputs, buffers = at.arrange((*saved, None))[:_N_TENSORS], at.arrange((*gradients, None))
+        returned = at.backend.elbo_bwd(at.launches, inputs, ctx.numbers, ctx.state, upstream, buffers, held=held)  # type: ignore[union-attr]
+        return None, None, *[returned[place] for place in at.places]
 
 
 def _differentiable_backward(
     ctx: Any, saved: Sequence[Tensor | None], upstream: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    seen = ctx.plan.backend.seen_numbers(ctx.plan.launches, ctx.state, ctx.numbers)
+    at: Plan = ctx.plan
+    numbers = at.backend.seen_numbers(at.launches, ctx.state, ctx.numbers)  # type: ignore[union-attr]
     inputs = alias_inputs(saved)
-    numbers = (s if t is None else t for t, s in zip(inputs[_N_TENSORS:], seen, strict=True))
-    outputs = reference.elbo(ElboTensors(*inputs[:_N_TENSORS]), ElboNumbers(*numbers), ctx.plan.options)
-    return gradients_through(outputs, upstream, inputs, ctx.needs_input_grad[1:])
+    arranged = at.arrange((*inputs, None))
+    numbers = [seen if n is None else n for n, seen in zip(arranged[_N_TENSORS:], numbers, strict=True)]
+    outputs = reference.elbo(ElboTensors(*arranged[:_N_TENSORS]), ElboNumbers(*numbers), at.options)
+    return gradients_through(outputs, upstream, inputs, ctx.needs_input_grad[2:])

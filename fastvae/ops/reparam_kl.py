@@ -51,8 +51,8 @@ def plan(
     bounds = _checks.logvar_clamp(logvar_clamp)
     name = "torch" if given_noise else _backend.backend_of(mu)
     backend = _backend.load_backend(name, "reparam_kl")
-    copies = any(meta is not None and needs_copy(meta._replace(shape=meta.shape or (1,))) for meta in inputs)
-    z = _like(mu, dtype=torch.promote_types(mu.dtype, logvar.dtype))
+    copies = any(meta is not None and needs_copy(meta) for meta in inputs)
+    z = mu.like()._replace(dtype=torch.promote_types(mu.dtype, logvar.dtype))
     buffers = _half_metas(inputs, dim, gradients=True)
     return Plan(
         backend=backend,
@@ -67,20 +67,16 @@ def plan(
     )
 
 
-def _like(meta: TensorMeta, dtype: torch.dtype | None = None) -> TensorMeta:
-    """Of torch.empty_like."""
-    made = torch.empty_like(torch.empty_strided(meta.shape, meta.strides, device="meta"))
-    return meta._replace(strides=made.stride(), dtype=dtype or meta.dtype)
-
-
 def _half_metas(inputs: list[Any], dim: int | None, *, gradients: bool) -> tuple[TensorMeta, TensorMeta]:
     """Of mu and logvar, or of the buffers for their gradients."""
-    first, second = (_like(meta) if gradients and meta is not None else meta for meta in inputs)
+    first, second = (meta.like() if gradients and meta is not None else meta for meta in inputs)
     if dim is None:
         return first, second
-    halves = torch.empty_strided(first.shape, first.strides, device="meta").chunk(2, dim)
-    mu, logvar = (first._replace(shape=half.shape, strides=half.stride()) for half in halves)
-    return mu, logvar
+    mu, logvar = torch.empty_strided(first.shape, first.strides, device="meta").chunk(2, dim)
+    return (
+        first._replace(shape=torch.Size(mu.shape), strides=mu.stride()),
+        first._replace(shape=torch.Size(logvar.shape), strides=logvar.stride()),
+    )
 
 
 class ReparamKLFunction(torch.autograd.Function):

@@ -117,7 +117,7 @@ class Geometry(NamedTuple):
 
     @property
     def programs(self) -> int:
-        return -(-self.n_rows // self.block_rows.value) * self.n_col_programs
+        return int(-(-self.n_rows // self.block_rows.value) * self.n_col_programs)
 
 
 def make_geometry(tensors: Any, by_sample: bool, max_programs: int = MAX_PROGRAMS) -> Geometry:
@@ -128,13 +128,15 @@ def make_geometry(tensors: Any, by_sample: bool, max_programs: int = MAX_PROGRAM
     first = tensors[0]
     dtype = tl.constexpr(triton_dtype(compute_dtype(*tensors)))
     if first is None or 0 in first.shape:
-        return Geometry(kind(*[()] * len(tensors)), None, 0, 0, 1, *map(tl.constexpr, (1, 8, 1)), dtype)
+        return Geometry(
+            kind(*[()] * len(tensors)), None, 0, 0, 1, tl.constexpr(1), tl.constexpr(8), tl.constexpr(1), dtype
+        )
     n_rows, n_cols, sizes, by_tensor = layout(tensors, by_sample=by_sample, c_order=False)
     t = tile(n_rows, n_cols, first.dtype.itemsize, max_programs=max_programs)
     if by_tensor[0][0] == 1 < n_rows:  # rows are adjacent in memory, as latent dimensions are: so are lanes
         t = _tall(t, n_rows, n_cols, max_programs)
-    constants = map(tl.constexpr, (t.rows, t.cols, t.steps))
-    return Geometry(kind(*by_tensor), sizes, n_rows, n_cols, t.col_programs, *constants, dtype)
+    rows, cols, steps = map(tl.constexpr, (t.rows, t.cols, t.steps))
+    return Geometry(kind(*by_tensor), sizes, n_rows, n_cols, t.col_programs, rows, cols, steps, dtype)
 
 
 def _tall(t: Tile, n_rows: int, n_cols: int, max_programs: int) -> Tile:

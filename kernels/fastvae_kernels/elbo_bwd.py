@@ -2,21 +2,24 @@
 programs read the upstream gradient and leave at once if that is what the forward pass took it for.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._tile import NUM_WARPS, full_tile, load, on_device, pack_f64, tile_origin, triton_dtype, unpack_f64
+from ._tile import NUM_WARPS, full_tile, load, pack_f64, tile_origin, unpack_f64
 from .elbo_samples import sample_gradients
 from .images import Images, image_pointers, image_tile
 from .latents import Latents, latent_gradient_tile, latent_pointers
 from .plan import ElboPlan
 from .samples import Samples
-from .types import ElboNumbers, ElboTensors
+from .types import ElboNumbers
 
 _KL_BLOCK = 1024
+_NO_IMAGES, _NO_LATENTS = Images(), Latents()
 
 
 class Upstream(NamedTuple):
@@ -215,51 +218,53 @@ def _elbo_bwd_kernel(
 
 def elbo_bwd(
     plan: ElboPlan,
-    tensors: ElboTensors,
-    numbers: ElboNumbers,
+    tensors: Sequence[Any],
+    numbers: Sequence[Any],
     saved: tuple[Tensor, ...],
-    upstream: tuple[Tensor | None, Tensor | None, Tensor | None],
-    gradients: ElboTensors,
-    number_gradients: ElboNumbers,
+    upstream: tuple[Tensor | None, ...],
+    gradients: Sequence[Tensor | None],
     *,
     held: bool,
-) -> tuple[ElboTensors, ElboNumbers]:
+) -> Sequence[Tensor | None]:
     """Return the gradients that are wanted, given those of (loss, recon term, KL term).
 
     Args:
         plan, tensors, numbers: Those of the forward pass; recon and target are None if the gradient overwrote recon.
         saved: Returned by `elbo_fwd`.
         upstream: Contiguous.
-        gradients, number_gradients: Buffers in the places of the inputs; None where no gradient is wanted.
+        gradients: Buffers, in the order of (*ElboTensors, *ElboNumbers); None where no gradient is wanted.
         held: The buffers of recon and log_scale hold what `elbo_fwd` wrote. They are only scaled, where that is exact
             or where recon is gone.
     """
-    with on_device(plan.device):
-        _launch(plan, tensors, numbers, saved, upstream, gradients, number_gradients, held)
-    return gradients, number_gradients
+    if plan.device.type == "cuda":  # launches go to the current device
+        with torch.cuda.device(plan.device):
+            _launch(plan, tensors, numbers, saved, upstream, gradients, held)
+    else:
+        _launch(plan, tensors, numbers, saved, upstream, gradients, held)
+    return gradients
 
 
-def seen_numbers(plan: ElboPlan, saved: tuple[Tensor, ...], numbers: ElboNumbers) -> ElboNumbers:
+def seen_numbers(plan: ElboPlan, saved: tuple[Tensor, ...], numbers: Sequence[Any]) -> Sequence[Any]:
     """The numbers as the forward pass saw them: tensors may have changed since."""
     if not saved:
         return numbers
+    seen: tuple[Any, ...]
     if plan.samples is None:
         recon_weight, beta = saved[0].unbind()
-        seen = ElboNumbers(beta, recon_weight, None)
+        seen = beta, recon_weight, None
     else:
         recon_weight, beta, capacity, *_ = saved[1].unbind()
-        seen = ElboNumbers(beta, recon_weight, capacity)
-    return ElboNumbers(*(s if isinstance(n, Tensor) else n for n, s in zip(numbers, seen, strict=True)))
+        seen = beta, recon_weight, capacity
+    return [s if isinstance(n, Tensor) else n for n, s in zip(numbers, seen, strict=True)]
 
 
 def _launch(
     plan: ElboPlan,
-    tensors: ElboTensors,
-    numbers: ElboNumbers,
+    tensors: Sequence[Any],
+    numbers: Sequence[Any],
     saved: tuple[Tensor, ...],
-    upstream: tuple[Tensor | None, Tensor | None, Tensor | None],
-    gradients: ElboTensors,
-    number_gradients: ElboNumbers,
+    upstream: tuple[Tensor | None, ...],
+    gradients: Sequence[Tensor | None],
     held: bool,
 ) -> None:
     recon, target, log_scale, extra_map, mu, logvar, prior_mu, prior_logvar, mask, _, *per_sample = tensors
@@ -267,8 +272,9 @@ def _launch(
     beta = recon_weight = None
     coefficients = None
     if plan.samples is not None:
+        buffers = Samples(*by_sample[:3])._replace(kl=dkl)
         coefficients = sample_gradients(
-            plan.samples, Samples(*per_sample), saved, upstream, Samples(*by_sample, dkl), number_gradients
+            plan.samples, Samples(*per_sample), saved, upstream, buffers, ElboNumbers(*by_sample[3:])
         )
         dkl = None
     else:
@@ -281,7 +287,7 @@ def _launch(
     if not programs:
         return
     recon = drecon if recon is None else recon
-    images, latents = Images(), Latents()
+    images, latents = _NO_IMAGES, _NO_LATENTS
     if image_programs:
         images = Images(recon, target, log_scale, mask, extra_map, drecon, dtarget, dlog_scale, dextra_map)
     if latent_programs > image_programs:
@@ -307,7 +313,7 @@ def _launch(
         n_kl=plan.n_kl,
         HELD=held,
         KL_BLOCK=_KL_BLOCK,
-        KL_DTYPE=triton_dtype(plan.dkl_dtype),
+        KL_DTYPE=plan.dkl_dtype,
         num_warps=NUM_WARPS,
         enable_fp_fusion=True,
     )

@@ -2,20 +2,24 @@
 reconstruction, then a tiny launch that folds the partial sums of both into (loss, recon term, KL term).
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ._reduce import fold
-from ._tile import NUM_WARPS, full_tile, load, on_device, pack_f64, tile_origin, unpack_f64
+from ._tile import NUM_WARPS, full_tile, load, pack_f64, tile_origin, unpack_f64
 from .elbo_samples import sample_terms_fwd
 from .images import Images, image_pointers, image_tile
 from .latents import Latents, apply_free_bits, kl_tile, latent_pointers
 from .plan import ElboPlan
 from .samples import Samples, error_factor
-from .types import ElboNumbers, ElboTensors
+from .types import ElboNumbers
+
+_NO_IMAGES, _NO_LATENTS = Images(), Latents()
 
 
 @triton.jit
@@ -146,61 +150,53 @@ def _elbo_fold_kernel(
         tl.store(numbers_ptr + 1, weight_kl.to(dtype), mask=first)
 
 
-class ElboOutputs(NamedTuple):
-    loss: Tensor
-    recon: Tensor
-    kl: Tensor
-    saved: tuple[Tensor, ...]  # for `elbo_bwd`
-
-
 def elbo_fwd(
-    plan: ElboPlan, tensors: ElboTensors, numbers: ElboNumbers, drecon: Tensor | None, dlog_scale: Tensor | None
-) -> ElboOutputs:
-    """Compute (loss, recon term, KL term).
+    plan: ElboPlan, tensors: Sequence[Any], numbers: Sequence[Any], drecon: Tensor | None, dlog_scale: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+    """Return (loss, recon term, KL term) and what `elbo_bwd` needs.
 
     Args:
         plan: Of these tensors and options.
-        tensors, numbers: Inputs.
+        tensors, numbers: The fields of `ElboTensors` and `ElboNumbers`.
         drecon, dlog_scale: Buffers for recon_weight times the gradients of the recon term by recon and log_scale; None
             if the backward pass is to compute them.
     """
-    like = tensors[plan.first]
-    with on_device(plan.device):
-        return _launch(plan, tensors, numbers, like, drecon, dlog_scale)
+    if plan.device.type == "cuda":  # launches go to the current device
+        with torch.cuda.device(plan.device):
+            return _launch(plan, tensors, numbers, drecon, dlog_scale)
+    return _launch(plan, tensors, numbers, drecon, dlog_scale)
 
 
 def _launch(
-    plan: ElboPlan,
-    tensors: ElboTensors,
-    numbers: ElboNumbers,
-    like: Tensor,
-    drecon: Tensor | None,
-    dlog_scale: Tensor | None,
-) -> ElboOutputs:
+    plan: ElboPlan, tensors: Sequence[Any], numbers: Sequence[Any], drecon: Tensor | None, dlog_scale: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
     recon, target, log_scale, extra_map, mu, logvar, prior_mu, prior_logvar, mask, kl, *per_sample = tensors
-    sample_plan, new = plan.samples, like.new_empty
-    samples = None if sample_plan is None else Samples(*per_sample)
-    recon_partials = new(plan.recon_partials, dtype=plan.recon_dtype) if plan.image_programs else None
-    counts = plan.counts_mask and plan.image_programs
-    count_partials = new(plan.recon_partials, dtype=plan.recon_dtype) if counts else None
-    kl_partials = new(plan.kl_partials, dtype=plan.kl_dtype) if plan.latent_programs else kl
-    free_bits_partials = None
-    if plan.bounds.free_bits is not None and plan.latent_programs:
-        free_bits_partials = new(plan.kl_partials, dtype=plan.kl_dtype)
+    beta, recon_weight, _ = numbers
+    new = tensors[plan.first].new_empty
+    recon_partials = count_partials = free_bits_partials = None
+    kl_partials = kl
+    images, latents = _NO_IMAGES, _NO_LATENTS
+    if plan.image_programs:
+        recon_partials = new(plan.recon_partials, dtype=plan.recon_dtype)
+        count_partials = torch.empty_like(recon_partials) if plan.counts_mask else None
+        images = Images(recon, target, log_scale, mask, extra_map, drecon, None, dlog_scale)
+    if plan.latent_programs:
+        kl_partials = new(plan.kl_partials, dtype=plan.kl_dtype)
+        free_bits_partials = None if plan.bounds.free_bits is None else torch.empty_like(kl_partials)
+        latents = Latents(mu, logvar, prior_mu, prior_logvar)
+    samples = None if plan.samples is None else Samples(*per_sample)
     if programs := plan.image_programs + plan.latent_programs:
         _elbo_fwd_kernel[(programs,)](
-            images=Images(recon, target, log_scale, mask, extra_map, drecon, None, dlog_scale)
-            if plan.image_programs
-            else Images(),
+            images=images,
             likelihood=plan.likelihood,
             image_geometry=plan.image,
             image_programs=plan.image_programs,
-            factor=pack_f64(plan.recon_scale * numbers.recon_weight if drecon is not None else 0.0),
+            factor=0 if drecon is None else pack_f64(plan.recon_scale * recon_weight),
             samples=None if drecon is None else samples,
-            sample_options=None if sample_plan is None else sample_plan.options,
+            sample_options=None if plan.samples is None else plan.samples.options,
             recon_partials_ptr=recon_partials,
             count_partials_ptr=count_partials,
-            latents=Latents(mu, logvar, prior_mu, prior_logvar) if plan.latent_programs else Latents(),
+            latents=latents,
             bounds=plan.bounds,
             latent_geometry=plan.latent,
             kl_partials_ptr=kl_partials,
@@ -209,14 +205,13 @@ def _launch(
             enable_fp_fusion=True,
         )
     loss = new(plan.shape, dtype=plan.dtype)
-    recon_term, kl_term = new(plan.shape, dtype=plan.dtype), new(plan.shape, dtype=plan.dtype)
-    if sample_plan is not None and samples is not None:
+    recon_term, kl_term = torch.empty_like(loss), torch.empty_like(loss)
+    if plan.samples is not None and samples is not None:
         partials = recon_partials, count_partials, kl_partials, free_bits_partials
-        saved = sample_terms_fwd(sample_plan, partials, samples, numbers, loss, recon_term, kl_term)
-        return ElboOutputs(loss, recon_term, kl_term, saved)
-    # the values of tensors may change before the backward pass
-    seen = None
-    if isinstance(numbers.beta, Tensor) or isinstance(numbers.recon_weight, Tensor):
+        saved = sample_terms_fwd(plan.samples, partials, samples, ElboNumbers(*numbers), loss, recon_term, kl_term)
+        return loss, recon_term, kl_term, saved
+    seen = None  # numbers that are tensors: these may change before the backward pass
+    if plan.has_number_tensors:
         seen = new(2, dtype=plan.dtype)
     if plan.fold_programs:
         _elbo_fold_kernel[(plan.fold_programs,)](
@@ -228,10 +223,10 @@ def _launch(
             kl_term,
             seen,
             *plan.factors,
-            pack_f64(numbers.recon_weight),
-            pack_f64(numbers.beta),
+            pack_f64(recon_weight),
+            pack_f64(beta),
             *plan.fold,
             num_warps=NUM_WARPS,
             enable_fp_fusion=True,
         )
-    return ElboOutputs(loss, recon_term, kl_term, () if seen is None else (seen,))
+    return loss, recon_term, kl_term, () if seen is None else (seen,)

@@ -290,7 +290,7 @@ def sample_gradients(
     plan: SamplePlan,
     samples: Samples,
     saved: tuple[Tensor, ...],
-    upstream: tuple[Tensor | None, Tensor | None, Tensor | None],
+    upstream: tuple[Tensor | None, ...],
     gradients: Samples,
     number_gradients: ElboNumbers,
 ) -> SampleCoefficients:

@@ -5,9 +5,11 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 
 from ._reduce import fold_tile
-from ._tile import ONE_TILE_EACH, Geometry, make_geometry, pack_f64
+from ._tile import MAX_PROGRAMS as MAX_PROGRAMS_FWD
+from ._tile import ONE_TILE_EACH, Geometry, make_geometry, pack_f64, triton_dtype
 from .images import Images
 from .latents import Bounds, Latents, bounds_of
 from .likelihoods import Likelihood, likelihood
@@ -52,22 +54,15 @@ class ElboPlan(NamedTuple):
     kl_partials: tuple[int, int]
     kl_dtype: torch.dtype
     n_kl: int
-    dkl_dtype: torch.dtype
+    dkl_dtype: tl.dtype
     recon_scale: float
     factors: tuple[Any, ...]  # packed: recon_scale, recon_constant, kl_scale
     shape: tuple[int, ...]  # of the results
     dtype: torch.dtype
     fold_programs: int
     fold: tuple[int, ...]  # n_rows to KL_COLS
+    has_number_tensors: bool
     samples: SamplePlan | None
-
-
-def gradient_meta(meta: TensorMeta | None) -> TensorMeta | None:
-    """Of the buffer that torch.empty_like makes for the gradient; None if no gradient is wanted."""
-    if meta is None or not meta.requires_grad:
-        return None
-    like = torch.empty_strided(meta.shape, meta.strides, dtype=meta.dtype, device="meta")
-    return meta._replace(strides=torch.empty_like(like).stride())
 
 
 def plan_elbo(metas: ElboTensors, numbers: ElboNumbers, options: ElboOptions, writes_gradient: bool) -> ElboPlan:
@@ -80,9 +75,11 @@ def plan_elbo(metas: ElboTensors, numbers: ElboNumbers, options: ElboOptions, wr
     """
     by_sample = needs_sample_terms(metas, numbers, options)
     rows_are_samples = by_sample or options.per_sample
-    gradients = ElboTensors(*map(gradient_meta, metas))
+    gradients = ElboTensors(*(meta.like() if meta is not None and meta.requires_grad else None for meta in metas))
     written = gradients if writes_gradient else ElboTensors()
-    image = make_geometry(_images(metas, written._replace(target=None, extra_map=None)), rows_are_samples)
+    image = make_geometry(
+        _images(metas, written._replace(target=None, extra_map=None)), rows_are_samples, MAX_PROGRAMS_FWD
+    )
     latent = make_geometry(_latents(metas, ElboTensors()), rows_are_samples)
     image_bwd = make_geometry(_images(metas, gradients), rows_are_samples, MAX_IMAGE_PROGRAMS_BWD)
     latent_bwd = make_geometry(_latents(metas, gradients), rows_are_samples, ONE_TILE_EACH)
@@ -121,13 +118,14 @@ def plan_elbo(metas: ElboTensors, numbers: ElboNumbers, options: ElboOptions, wr
         kl_partials=(latent.n_rows, latent.n_col_programs),
         kl_dtype=compute_dtype(*metas[4:8]),
         n_kl=0 if metas.kl is None else batch,
-        dkl_dtype=compute_dtype(metas.kl),
+        dkl_dtype=triton_dtype(compute_dtype(metas.kl)),
         recon_scale=recon_scale,
         factors=tuple(map(pack_f64, (recon_scale, constant, options.kl_normalizer))),
         shape=(batch,) if options.per_sample else (),
         dtype=compute_dtype(*given),
         fold_programs=triton.cdiv(n_rows, block_rows),
         fold=fold,
+        has_number_tensors=any(isinstance(number, TensorMeta) for number in numbers),
         samples=None
         if not by_sample
         else SamplePlan(

@@ -41,9 +41,17 @@ class SampleOptions(NamedTuple):
 def sample_options(options: ElboOptions, n_elements: int, one_scale: bool) -> SampleOptions:
     free_bits = options.free_bits
     nats = free_bits.nats if free_bits is not None and free_bits.mode == "sample" else None
-    numbers = (options.error_weight, options.extra_weight, options.nll_weight, options.constant, options.softclip, nats)
-    constants = (one_scale, options.capacity_mode == "sample")
-    return SampleOptions(*map(pack_f64, numbers), pack_f64(float(n_elements)), *map(tl.constexpr, constants))
+    return SampleOptions(
+        error_weight=pack_f64(options.error_weight),
+        extra_weight=pack_f64(options.extra_weight),
+        nll_weight=pack_f64(options.nll_weight),
+        constant=pack_f64(options.constant),
+        softclip=pack_f64(options.softclip),
+        free_bits=pack_f64(nats),
+        n_elements=pack_f64(float(n_elements)),
+        one_scale=tl.constexpr(one_scale),
+        capacity_per_sample=tl.constexpr(options.capacity_mode == "sample"),
+    )
 
 
 class Numbers(NamedTuple):

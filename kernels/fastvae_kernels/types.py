@@ -22,6 +22,7 @@ class TensorMeta(NamedTuple):
     requires_grad: bool = False
     negated: bool = False  # the negation of a lazily negated view is still to be done
     kind: type = Tensor
+    layout: torch.layout = torch.strided
 
     @property
     def ndim(self) -> int:
@@ -29,6 +30,11 @@ class TensorMeta(NamedTuple):
 
     def numel(self) -> int:
         return math.prod(self.shape)
+
+    def like(self) -> "TensorMeta":
+        """Of torch.empty_like."""
+        tensor = torch.empty_strided(self.shape, self.strides, device="meta")
+        return self._replace(strides=torch.empty_like(tensor).stride())
 
 
 def meta_of(tensor: Tensor) -> TensorMeta:
@@ -45,10 +51,10 @@ class ErrorOptions(NamedTuple):
 
 
 class FreeBitsOptions(NamedTuple):
-    """Free bits of each element ("dim", "dim_mask") or of each sample."""
+    """Free bits of each element ("dim", "dim_mask"), of each sample, or of the batch ("dim_batch": not in ops)."""
 
     nats: float
-    mode: Literal["dim", "dim_mask", "sample"]
+    mode: Literal["dim", "dim_batch", "dim_mask", "sample"]
 
 
 class ElboTensors(NamedTuple):
@@ -127,6 +133,6 @@ def needs_sample_terms(tensors: ElboTensors, numbers: ElboNumbers, options: Elbo
         return True
     if options.free_bits is not None and options.free_bits.mode == "sample":
         return True
-    if any(getattr(number, "requires_grad", False) for number in numbers):
+    if any(isinstance(n, Tensor | TensorMeta) and n.requires_grad for n in numbers):
         return True
     return tensors.mask is not None and (options.mask_normalize or options.constant != 0)

@@ -4,27 +4,38 @@ These are the scale that is the best for the batch, and free bits of the batch's
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastvae_kernels.types import ElboNumbers, ElboOptions, ElboTensors
 
-from .. import _checks, reference
-from ..reference import Terms
-from .elbo import elbo
-from .plan import LossSpec, resolve
+from . import _checks, reference
+from .likelihoods import LikelihoodSpec
+from .ops._elbo_plan import LossSpec, resolve
+from .ops.elbo import elbo
+from .reference import Terms
 
 
-def elbo_with_batch_terms(tensors: ElboTensors, numbers: ElboNumbers, spec: LossSpec) -> Terms:
+def needs_batch_terms(spec: Sequence[Any]) -> bool:
+    """Whether these fields of `LossSpec` ask for a statistic of the batch."""
+    likelihood, free_bits = spec[0], spec[4]
+    optimal_scale = isinstance(likelihood, LikelihoodSpec) and likelihood.optimal_scale
+    return optimal_scale or (free_bits is not None and free_bits.mode == "dim_batch")
+
+
+def elbo_with_batch_terms(inputs: Sequence[Any], values: Sequence[Any], options_of_loss: Sequence[Any]) -> Terms:
     """As `elbo`."""
+    tensors, numbers, spec = ElboTensors(*inputs), ElboNumbers(*values), LossSpec(*options_of_loss)
     _checks.loss_inputs(tensors, numbers, spec)
     # copies, because a schedule may step them before the backward pass
     numbers = ElboNumbers(*(n.clone() if isinstance(n, Tensor) else n for n in numbers))
     options = resolve(spec, tensors)
     images = ElboTensors(*tensors[:4], mask=tensors.mask, weight=tensors.weight, extra=tensors.extra)
     latents = ElboTensors(None, None, None, None, *tensors[4:8], kl=tensors.kl, weight=tensors.weight)
-    if spec.likelihood is not None and spec.likelihood.optimal_scale:
+    if isinstance(spec.likelihood, LikelihoodSpec) and spec.likelihood.optimal_scale:
         recon = _with_optimal_scale(images, spec, options)
     else:
         images = images._replace(sample_log_scale=tensors.sample_log_scale)
@@ -42,8 +53,12 @@ def elbo_with_batch_terms(tensors: ElboTensors, numbers: ElboNumbers, spec: Loss
 
 def _with_optimal_scale(images: ElboTensors, spec: LossSpec, options: ElboOptions) -> Tensor:
     """The term under the scale that makes it smallest: the log of the mean error."""
-    assert spec.likelihood is not None
-    by_sample = LossSpec(spec.likelihood._replace(nll_weight=1.0, constant=0.0, optimal_scale=False), "none", "none")
+    assert isinstance(spec.likelihood, LikelihoodSpec)
+    by_sample = LossSpec(
+        spec.likelihood._replace(nll_weight=1.0, constant=0.0, mask_normalize=False, optimal_scale=False),
+        "none",
+        "none",
+    )
     errors = elbo(images._replace(weight=None, extra=None), ElboNumbers(), by_sample)[1]
     n: float | Tensor = float(math.prod(images.recon.shape[1:]))
     total: float | Tensor = n * len(errors)

@@ -1,7 +1,10 @@
 """What a call of the loss comes to: checked, resolved and laid out once, and found again by its cache key."""
 
 import math
+from collections.abc import Callable, Sequence
+from enum import IntEnum
 from functools import lru_cache
+from operator import itemgetter
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -12,14 +15,14 @@ from fastvae_kernels.types import Clamp, ElboNumbers, ElboOptions, ElboTensors, 
 
 from .. import _backend, _checks
 from .._strides import needs_copy
-from ..likelihoods import LikelihoodSpec
+from ..likelihoods import SPECS, LikelihoodSpec
 from ..regularizers import FreeBits
 
 
 class LossSpec(NamedTuple):
     """The options of a loss, all but tensors and numbers; hashable."""
 
-    likelihood: LikelihoodSpec | None = None  # None: no reconstruction
+    likelihood: str | LikelihoodSpec | None = None  # None: no reconstruction
     recon_reduction: str = "sum"
     kl_reduction: str = "sum"
     logvar_clamp: Clamp | None = None
@@ -30,15 +33,41 @@ class LossSpec(NamedTuple):
     n_latents: int | None = None  # of a batch, for kl_reduction="mean" where `kl` is given
 
 
+class Reach(IntEnum):
+    """Which upstream gradients reach an input."""
+
+    RECON = 0  # those of the loss and of the reconstruction term
+    KL = 1  # those of the loss and of the KL term
+    BOTH = 2
+    LOSS = 3
+
+
+_OF_RECON = ("recon", "target", "log_scale", "extra_map", "extra", "sample_log_scale")
+_REACH = [
+    *(Reach.RECON if f in _OF_RECON else Reach.BOTH if f == "weight" else Reach.KL for f in ElboTensors._fields),
+    *(Reach.LOSS for _ in ElboNumbers._fields),
+]
+
+
 class Plan(NamedTuple):
+    """What a call comes to.
+
+    The autograd function takes the tensors that are given, and behind them the numbers that are tensors: `places` are
+    their places in (*ElboTensors, *ElboNumbers), and the other tuples are in the same order.
+    """
+
     backend: ModuleType | None  # None: the reference formula
     launches: Any  # the backend's plan
     options: ElboOptions
     copies_inputs: bool  # some inputs cannot be read in place
     writes_gradient: bool  # the forward pass writes the gradient of recon
     inplace: bool  # into recon itself
-    differentiable: tuple[int, ...]  # places of tensors and numbers that require a gradient
-    strides: tuple[Any, ...]  # of each tensor
+    n_tensors: int
+    places: tuple[int, ...]
+    arrange: Callable[[Sequence[Any]], tuple[Any, ...]]  # inputs and None -> (*ElboTensors, *ElboNumbers)
+    strides: tuple[tuple[int, ...], ...]
+    differentiable: tuple[tuple[int, Reach], ...]  # which require a gradient, and what reaches them
+    recon_strides: tuple[int, ...]  # of the gradient of recon
 
 
 def normalizer(reduction: str, numel: int, batch: int) -> float:
@@ -51,7 +80,8 @@ def normalizer(reduction: str, numel: int, batch: int) -> float:
 
 def resolve(spec: LossSpec, tensors: ElboTensors) -> ElboOptions:
     """The options of the op for these tensors (or metas)."""
-    likelihood, like = spec.likelihood, tensors.recon if tensors.kl is None and tensors.mu is None else tensors.mu
+    likelihood = SPECS[spec.likelihood] if isinstance(spec.likelihood, str) else spec.likelihood
+    like = tensors.recon if tensors.kl is None and tensors.mu is None else tensors.mu
     like = tensors.kl if like is None else like
     n_latents = like.numel() if spec.n_latents is None else spec.n_latents
     options = ElboOptions(
@@ -79,19 +109,20 @@ def resolve(spec: LossSpec, tensors: ElboTensors) -> ElboOptions:
 
 @lru_cache(maxsize=1024)
 def plan(
-    choice: str, spec: LossSpec, metas: tuple[Any, ...], number_metas: tuple[Any, ...], grad_enabled: bool
+    choice: str, spec: tuple[Any, ...], metas: tuple[Any, ...], number_metas: tuple[Any, ...], grad_enabled: bool
 ) -> Plan:
     """The plan of a call.
 
     Args:
         choice: Which backend was asked for.
-        spec: The options.
+        spec: The fields of `LossSpec`.
         metas, number_metas: Fields of `TensorMeta` of each tensor, and of each number that is a tensor.
         grad_enabled: Gradients are recorded.
 
     Raises:
         ValueError, TypeError: inputs or options that do not fit; nothing is cached then.
     """
+    spec = LossSpec(*spec)
     tensors = ElboTensors(*(None if meta is None else TensorMeta(*meta) for meta in metas))
     numbers = ElboNumbers(*(None if meta is None else TensorMeta(*meta) for meta in number_metas))
     _checks.loss_inputs(tensors, numbers, spec)
@@ -100,7 +131,8 @@ def plan(
     options = resolve(spec, tensors)
     copies = any(needs_copy(meta) for meta in given)
     if not grad_enabled:
-        tensors, numbers = (type(ts)(*(t and t._replace(requires_grad=False) for t in ts)) for ts in (tensors, numbers))
+        tensors = ElboTensors(*(t and t._replace(requires_grad=False) for t in tensors))
+        numbers = ElboNumbers(*(t and t._replace(requires_grad=False) for t in numbers))
     writes = (
         grad_enabled
         and spec.one_pass
@@ -110,6 +142,8 @@ def plan(
     )
     plain = all(meta.kind is Tensor or meta.kind is torch.nn.Parameter for meta in given)
     backend = _backend.load_backend(_backend.backend_of(like), "elbo") if plain else None
+    everything = (*tensors, *numbers)
+    places = tuple(place for place, meta in enumerate(everything) if meta is not None)
     return Plan(
         backend=backend,
         launches=None if backend is None or copies else backend.plan_elbo(tensors, numbers, options, writes),
@@ -117,6 +151,10 @@ def plan(
         copies_inputs=copies,
         writes_gradient=writes,
         inplace=spec.inplace and writes,
-        differentiable=tuple(i for i, meta in enumerate((*tensors, *numbers)) if meta and meta.requires_grad),
-        strides=tuple(meta and meta.strides for meta in tensors),
+        n_tensors=sum(meta is not None for meta in tensors),
+        places=places,
+        arrange=itemgetter(*(places.index(i) if i in places else len(places) for i in range(len(everything)))),
+        strides=tuple(meta.strides for meta in given),
+        differentiable=tuple((i, _REACH[p]) for i, p in enumerate(places) if everything[p].requires_grad),
+        recon_strides=() if tensors.recon is None else tensors.recon.like().strides,
     )
