@@ -194,9 +194,12 @@ def loss_inputs(tensors: ElboTensors, numbers: ElboNumbers, spec: Any) -> None:
             per_sample("kl", tensors.kl, tensors.recon)
         elif tensors.mu is not None or tensors.logvar is not None:
             posterior(tensors.recon, tensors.mu, tensors.logvar)
-    else:
+    elif tensors.kl is None:
         gaussian(tensors.mu, tensors.logvar)
         like = tensors.mu
+    else:
+        per_sample("kl", tensors.kl, tensors.kl)
+        like = tensors.kl
     for name in ("weight", "extra"):
         if getattr(tensors, name) is not None:
             per_sample(name, getattr(tensors, name), like)

@@ -306,7 +306,7 @@ NAMED: dict[str, Elementwise] = {
 
 
 SPECS = {name: likelihood.spec for name, likelihood in NAMED.items()}
-_NAMES = {spec: name for name, spec in SPECS.items()}
+_NAMES = {spec: name for name, spec in reversed(SPECS.items())}
 
 
 class Resolved(NamedTuple):
@@ -327,7 +327,7 @@ def resolve_likelihood(likelihood: str | Likelihood, recon: Tensor, extra: Tenso
     """
     likelihood = resolve(likelihood)
     spec = likelihood.spec
-    if spec in _NAMES:
+    if isinstance(likelihood, Elementwise) and spec in _NAMES:
         return Resolved(_NAMES[spec], None, None, extra)
     log_scale = likelihood.log_scale if isinstance(likelihood, _WithScale) else None
     if not isinstance(log_scale, Tensor):

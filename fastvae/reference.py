@@ -195,8 +195,8 @@ def combine(
         term, regularized_term = _both(weighed, term, regularized_term)
     if not options.per_sample:
         term, regularized_term = _both(lambda t: t.sum() * options.kl_normalizer, term, regularized_term)
-        if options.capacity_mode == "batch":
-            n_samples = len(next(t for t in (tensors.mu, tensors.kl) if t is not None))
+        if options.capacity_mode == "batch" and kl is not None:
+            n_samples = (tensors.mu if tensors.kl is None else tensors.kl).shape[0]
             regularized_term = (regularized_term - capacity * (options.kl_normalizer * n_samples)).abs()
     loss = recon_weight * recon + beta * regularized_term
     return loss.to(dtype), recon, term

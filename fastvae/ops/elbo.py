@@ -59,8 +59,8 @@ def elbo(tensors: Sequence[Any], numbers: Sequence[Any], spec: Sequence[Any]) ->
         copies = [readable(t) if isinstance(t, Tensor) else t for t in (*tensors, *numbers)]
         return elbo(copies[:_N_TENSORS], copies[_N_TENSORS:], spec)
     if not grad_enabled and forward_ad._current_level < 0:  # no node of a graph is needed
-        outputs = at.backend.elbo_fwd(at.launches, tensors, numbers, None, None)
-        return outputs.loss, outputs.recon, outputs.kl
+        loss, recon_term, kl_term, _ = at.backend.elbo_fwd(at.launches, tensors, numbers, None, None)
+        return loss, recon_term, kl_term
     terms: Terms = ElboFunction.apply(at, numbers, *given)  # type: ignore[no-untyped-call]
     return terms
 
@@ -113,6 +113,9 @@ class ElboFunction(torch.autograd.Function):
             )
         if torch.is_grad_enabled():  # create_graph=True: the kernels are not differentiable, the reference is
             return None, None, *_differentiable_backward(ctx, saved, upstream)
+        for i, tensor in enumerate(saved):
+            if tensor is not None and tensor.stride() != at.strides[i]:
+                saved[i] = with_strides(tensor, at.strides[i])
         upstream = materialize_grads(upstream)
         dloss, of_recon, of_kl = upstream[0] is not None, upstream[1] is not None, upstream[2] is not None
         reached = (dloss or of_recon, dloss or of_kl, dloss or of_recon or of_kl, dloss)  # by `Reach`
@@ -133,9 +136,6 @@ class ElboFunction(torch.autograd.Function):
         if not reaches_any:
             return None, None, *gradients
         ctx.recon_grad_ready = ctx.recon_grad_ready and not held
-        for i, tensor in enumerate(saved):
-            if tensor is not None and tensor.stride() != at.strides[i]:
-                saved[i] = with_strides(tensor, at.strides[i])
         inputs, buffers = at.arrange((*saved, None))[:_N_TENSORS], at.arrange((*gradients, None))
         returned = at.backend.elbo_bwd(at.launches, inputs, ctx.numbers, ctx.state, upstream, buffers, held=held)  # type: ignore[union-attr]
         return None, None, *[returned[place] for place in at.places]
