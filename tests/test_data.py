@@ -2,6 +2,8 @@ import gzip
 import hashlib
 import pickle
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from fastvae.data import ArrayImages, DataError, ImageDataset, load, split
 from fastvae.data.build_fashion_mnist import build
+from fastvae.training.batches import load_batches
 
 
 def random_images(*shape: int) -> np.ndarray:
@@ -102,6 +105,32 @@ def test_split_depends_on_its_seed_alone():
     assert split(dataset, seed=0)[1].indices == [44, 39, 7, 6, 17]
 
 
+class Grouped(ArrayImages):
+    groups = torch.arange(5).repeat_interleave(10)
+
+
+@pytest.mark.parametrize("kind", [ArrayImages, Grouped])
+def test_split_is_the_same_under_other_defaults(kind):
+    dataset = kind(torch.zeros(50, 1, 1, 1, dtype=torch.uint8))
+    expected = [side.indices for side in split(dataset)]
+    torch.set_default_dtype(torch.float16)
+    try:
+        with torch.device("meta"):
+            assert [side.indices for side in split(dataset)] == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_data_is_read_under_another_default_device(tmp_path):
+    np.savez(tmp_path / "x.npz", images=random_images(4, 6, 6) / 255, labels=np.arange(4))
+    (tmp_path / "x-idx3").write_bytes(idx_bytes(random_images(4, 6, 6)))
+    with torch.device("meta"):
+        arrays = [load(str(tmp_path / "x.npz"), image_size=(3, 3)), load(f"idx:{tmp_path}")]
+        batches = [next(iter(load_batches(split(dataset)[0], [[0, 1]]))) for dataset in arrays]
+    assert [batch.device.type for batch in batches] == ["cpu", "cpu"]
+    assert batches[0].shape == (2, 1, 3, 3)
+
+
 @pytest.mark.parametrize("validation", [0, 1, -0.1, 1.5, float("nan")])
 def test_split_needs_a_share(validation):
     with pytest.raises(ValueError, match="validation must be a share between 0 and 1"):
@@ -137,8 +166,30 @@ def test_npy_of_bytes_stays_on_disk_and_is_never_written(tmp_path):
     images = random_images(3, 4, 4)
     np.save(tmp_path / "x.npy", images)
     dataset = load(str(tmp_path / "x.npy"))
-    dataset.images.zero_()
+    mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path / "x.npy") in line]
+    assert [line.split()[1][:2] for line in mapped] == ["r-"]
+    dataset[0].zero_()  # indexing gives copies, so that writing does not end the process
+    for image in dataset.__getitems__([1, 2]):
+        image.zero_()
     assert np.array_equal(np.load(tmp_path / "x.npy"), images)
+    assert np.array_equal(stacked(dataset)[:, 0], images)
+
+
+OPENS_UNDER_A_LIMIT = """
+import resource, sys
+from fastvae.data import load
+used = int(next(line for line in open("/proc/self/status") if line.startswith("VmData")).split()[1]) * 1024
+resource.setrlimit(resource.RLIMIT_DATA, (used + 2**28, used + 2**28))  # what the process may write to
+dataset = load(sys.argv[1])
+print(len(dataset), dataset[len(dataset) - 1].sum().item())
+"""
+
+
+def test_npy_larger_than_memory_opens(tmp_path):
+    np.lib.format.open_memmap(tmp_path / "x.npy", "w+", np.uint8, (2**20, 32, 32)).flush()  # 1 GiB, sparse
+    command = [sys.executable, "-c", OPENS_UNDER_A_LIMIT, str(tmp_path / "x.npy")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["1048576", "0"], done.stderr
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", ">f8"])

@@ -1,5 +1,6 @@
 """Images from NumPy arrays: .npy and .npz files, and whatever array another source has read."""
 
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -22,7 +23,9 @@ def load_array_file(path: Path, image_size: tuple[int, int] | None) -> ArrayImag
         array, labels = _read_npz(path) if path.suffix.lower() == ".npz" else (_map_npy(path), None)
     except DataError:
         raise
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
+    except OSError as error:
+        raise DataError(f"{path} cannot be opened: {error.strerror or error}.") from error
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(
             f"{path} cannot be read as a NumPy file ({error}). It must be a whole .npy or .npz file of plain numbers "
             "(no Python objects), as np.save and np.savez write."
@@ -50,15 +53,18 @@ def images_from_array(array: npt.NDArray[Any], name: str, image_size: tuple[int,
             f"{name}: images must be uint8 (0 to 255) or floats in [0, 1]; got {array.dtype}. Convert with "
             f"{'array.astype(np.uint8) * 255' if array.dtype == bool else 'array.astype(np.uint8) if its values fit'}."
         )
-    images = torch.from_numpy(array if array.dtype == np.uint8 else _quantize(array, name))
+    if array.dtype != np.uint8:
+        array = _quantize(array, name)
+    with warnings.catch_warnings(action="ignore"):  # PyTorch warns of memory that must not be written
+        images = torch.from_numpy(array)
     if image_size is not None and image_size != tuple(images.shape[2:]):
-        images = _resize(images, image_size)
-    return ArrayImages(images)
+        return ArrayImages(_resize(images, image_size))
+    return ArrayImages(images, read_only=not array.flags.writeable)
 
 
 def _map_npy(path: Path) -> npt.NDArray[Any]:
-    # copy on write: PyTorch wants writable memory, the file stays as it is
-    array: npt.NDArray[Any] = np.lib.format.open_memmap(path, mode="c")
+    # read-only: a writable mapping, even a private one, is refused where it is larger than memory
+    array: npt.NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
     return array
 
 
@@ -123,7 +129,7 @@ def _quantize(array: npt.NDArray[Any], name: str) -> npt.NDArray[np.uint8]:
 
 
 def _resize(images: Tensor, image_size: tuple[int, int]) -> Tensor:
-    resized = torch.empty((*images.shape[:2], *image_size), dtype=torch.uint8)
+    resized = torch.empty((*images.shape[:2], *image_size), dtype=torch.uint8, device="cpu")
     for chunk in _chunks(tuple(images.shape), images.itemsize):
         # in floats: on bytes PyTorch rounds between the two directions and ends up to 8 levels from Pillow
         values = F.interpolate(images[chunk].float(), image_size, mode="bicubic", antialias=True, align_corners=False)
