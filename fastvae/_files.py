@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+CONFIG_FILE = "config.json"  # of a run folder
 TEMPORARY_SUFFIX = ".tmp"
 
 
@@ -38,3 +39,12 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` to `path` as JSON, whole or not at all."""
     write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def is_run_folder(path: Path) -> bool:
+    """Whether training made this folder: whether its config.json holds options of a run."""
+    try:
+        values = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and {"data", "resume", "checkpoint_every"} <= values.keys()

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from fastvae.data import ArrayImages, DataError, ImageDataset, load, split
+from fastvae.data import ArrayImages, DataError, ImageDataset, absolute_source, identify, load, split
 from fastvae.data.build_fashion_mnist import build
 from fastvae.training.batches import load_batches
 
@@ -315,6 +315,7 @@ def test_idx_sizes_must_agree(tmp_path):
         ("Fashion-MNIST", "Did you mean fashion-mnist"),
         ("nowhere/x.npy", "named 'nowhere/x.npy'. Pass a name"),
         ("idx:nowhere", "idx:nowhere: no such file or directory"),
+        *((nothing, "the data set has no name: got ") for nothing in ("", " ", "idx:", "hf:")),
     ],
 )
 def test_unknown_source_is_named(source, message):
@@ -336,3 +337,60 @@ def test_other_files_and_empty_directories_are_named(tmp_path):
 def test_image_size_must_be_positive(image_size):
     with pytest.raises(ValueError, match="image_size must be"):
         load("fashion-mnist", image_size=image_size)
+
+
+# what identifies a data set
+
+
+def test_absolute_source_keeps_names_and_resolves_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "set").mkdir()
+    (tmp_path / "x.npy").touch()
+    (tmp_path / "photos").mkdir()
+    assert absolute_source("x.npy") == absolute_source("./set/../x.npy") == str(tmp_path / "x.npy")
+    assert absolute_source("idx:set") == f"idx:{tmp_path / 'set'}"
+    assert absolute_source("hf:set:test:img") == f"hf:{tmp_path / 'set'}:test:img"
+    for name in ("photos", "fashion-mnist", "hf:someone/pictures:train", "nowhere", "", "idx:"):
+        assert absolute_source(name) == name
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert absolute_source("~/x.npy") == str(tmp_path / "x.npy")
+
+
+def test_identity_is_that_of_the_content(tmp_path):
+    images = random_images(6, 4, 4)
+    np.save(tmp_path / "a.npy", images)
+    np.savez(tmp_path / "b.npz", images)
+    first = identify(load(str(tmp_path / "a.npy")))
+    assert first.images == len(first.keys) == 6
+    assert identify(load(str(tmp_path / "b.npz"))).digest == first.digest
+    images[3, 2, 1] ^= 1
+    np.save(tmp_path / "a.npy", images)
+    other = identify(load(str(tmp_path / "a.npy")))
+    assert other.digest != first.digest
+    assert (other.keys != first.keys).tolist() == [False] * 3 + [True] + [False] * 2
+    subset = Subset(load(str(tmp_path / "a.npy")), [3, 0])
+    assert identify(subset).keys.tolist() == other.keys[[3, 0]].tolist()
+
+
+def test_identity_of_a_huge_array_is_that_of_a_sample(tmp_path, monkeypatch):
+    monkeypatch.setattr("fastvae.data.dataset.HASHED_BYTES", 2**16)
+    images = random_images(4097, 4, 4)
+    np.save(tmp_path / "x.npy", images)
+    first = identify(load(str(tmp_path / "x.npy")))
+    assert first.keys is None
+    for changed in (images[:-1], images[::-1].copy(), images ^ 1):
+        np.save(tmp_path / "x.npy", changed)
+        assert identify(load(str(tmp_path / "x.npy"))).digest != first.digest
+
+
+def test_identity_of_other_data_sets(tmp_path):
+    images = torch.rand(5, 1, 2, 2)
+
+    class Noisy(TensorDataset):
+        def __getitem__(self, index):
+            return (torch.rand(1, 2, 2),)
+
+    same, other = TensorDataset(images, torch.arange(5)), TensorDataset(images.flip(0))
+    assert identify(same).digest == identify(TensorDataset(images)).digest != identify(other).digest
+    assert identify(Noisy(images)).digest == identify(Noisy(images)).digest
+    assert identify(Noisy(images)).digest != identify(Noisy(images[1:])).digest

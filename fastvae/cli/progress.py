@@ -71,7 +71,8 @@ def started_line(event: Started) -> str:
     """What is trained on what."""
     resumed = f", resumed after step {event.step}" if event.step else ""
     if event.skipped:
-        resumed += f"; {event.skipped} damaged files left out, listed in {event.run / 'skipped.json'}"
+        names = ", ".join(list(event.skipped)[:3]) + (", ..." if len(event.skipped) > 3 else "")
+        resumed += f"; {len(event.skipped)} files or folders left out, listed in {event.run / 'skipped.json'}: {names}"
     return (
         f"{event.run}: {event.train_images} training and {event.validation_images} validation images, "
         f"{event.parameters:,} parameters on {event.device}{resumed}; baseline {event.baseline:.2f} nats/image"

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dataset import DataError, ImageDataset
-from .folder import GREY_MODES, pixels_of
+from .dataset import DataError
+from .images import GREY_MODES, EncodedImages
 
 
-class HubImages(ImageDataset):
+class HubImages(EncodedImages):
     """A column of images of `datasets.load_dataset(name, split=split)`, or of a folder that `save_to_disk` made.
 
     Args:
@@ -18,14 +18,19 @@ class HubImages(ImageDataset):
         split: One of the data set's; of a folder of a single split, without a meaning.
         column: The first column of images if None.
         image_size: (height, width) to resize to, antialiased bicubic; None: sizes must agree.
+        strict: Whether a row without an image, or with one that cannot be read, is an error; if not, every image is
+            decoded once here, and those that cannot be are left out. All images are looked at in either case.
 
     Attributes:
-        labels: The column `label` or `labels`, if there is one of whole numbers.
+        labels: The column `label` or `labels`, if there is one of whole numbers; else None.
+        skipped: Why each image was left out, by its row.
 
     Raises:
         ImportError: the package datasets is not installed.
-        DataError: no such split, no column of images, or an image of another size.
+        DataError: no such split, no column of images, or an image of another size or that is refused in a folder.
     """
+
+    labels: Tensor | None
 
     def __init__(
         self,
@@ -33,6 +38,8 @@ class HubImages(ImageDataset):
         split: str = "train",
         column: str | None = None,
         image_size: tuple[int, int] | None = None,
+        *,
+        strict: bool = True,
     ) -> None:
         try:
             import datasets
@@ -56,28 +63,28 @@ class HubImages(ImageDataset):
                 f"{column!r} is no column of images of {name}; those are {', '.join(images) or 'none'}. "
                 "Pass hf:NAME:SPLIT:COLUMN."
             )
-        self._images = rows.select_columns([column or images[0]])
-        self._column = column or images[0]
         if len(rows) == 0:
             raise DataError(f"{name} has no rows. Choose another split.")
-        first = self._image(0)
-        self._resized = image_size is not None
-        self.shape = (1 if first.mode in GREY_MODES else 3, *(image_size or (first.height, first.width)))
-        for key in ("label", "labels"):
-            if str(getattr(rows.features.get(key), "dtype", "")).startswith("int"):
-                self.labels = torch.tensor(rows[key][:])
+        self._column = column or images[0]
+        mode = rows.features[self._column].mode  # to convert to, if the data set names one
+        self._images = rows.select_columns([self._column]).cast_column(self._column, datasets.Image(decode=False))
+        self.skipped = {}
+        kept = self._check_all(name, image_size, strict=strict)
+        if mode is not None:
+            self.shape = (1 if mode in GREY_MODES else 3, *self.shape[1:])
+        if len(kept) < len(rows):
+            self._images, rows = self._images.select(kept), rows.select(kept)
+        label = next((k for k in ("labels", "label") if _is_integer(rows.features.get(k))), None)
+        self.labels = None if label is None else torch.tensor(rows[label][:], device="cpu")
 
     def __len__(self) -> int:
         return len(self._images)
 
-    def __getitem__(self, index: int) -> Tensor:
-        image = self._image(index)
-        if not self._resized and (image.height, image.width) != self.shape[1:]:
-            raise DataError(
-                f"images of one size are needed; image {index} of {self.name} is {image.height} x {image.width}, the "
-                f"first {self.shape[1]} x {self.shape[2]} (height x width). Pass --image-size H W to resize."
-            )
-        return pixels_of(image, self.shape)
+    def _encoded(self, index: int) -> tuple[str, Path | bytes | None]:
+        found = self._images[index][self._column] or {}
+        path = found.get("path")
+        return f"image {index} of {self.name}", found.get("bytes") or (Path(path) if path else None)
 
-    def _image(self, index: int) -> Any:
-        return self._images[index][self._column]
+
+def _is_integer(feature: Any) -> bool:
+    return str(getattr(feature, "dtype", "")).startswith("int")

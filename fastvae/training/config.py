@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from .._files import CONFIG_FILE as CONFIG_FILE
 from .objective_options import (
     CapacityMode,
     FreeBitsMode,
@@ -15,8 +16,6 @@ from .objective_options import (
     ScheduleName,
     check_objective,
 )
-
-CONFIG_FILE = "config.json"
 
 # what a resumed run may change without changing what it learns; `out` and `resume` only say where the run folder is
 FREE_ON_RESUME = frozenset(
@@ -42,7 +41,8 @@ class TrainConfig:
     image_size: tuple[int, int] | None = None
     """Height and width to resize every image to; the images' own size if not given."""
     strict: bool = False
-    """Stop at a damaged file in a folder of images, instead of leaving it out and listing it in skipped.json."""
+    """Stop at a damaged image, or at a folder that cannot be listed, instead of leaving it out and listing it in
+    skipped.json."""
     validation: float = 0.1
     """Share of the images held out for validation; which images does not depend on the seed."""
     epochs: int = 20

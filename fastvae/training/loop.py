@@ -166,7 +166,7 @@ def _train(
     recorder = Recorder(run, config, notify, **counts, writes=world.is_first)
     n_parameters = sum(p.numel() for p in parameters)
     sizes = len(train_set), len(validation_set), n_parameters
-    notify(Started(run, str(device), *sizes, step, total_steps, baseline, len(skipped)))
+    notify(Started(run, str(device), *sizes, step, total_steps, baseline, skipped))
 
     def gather_best() -> None:
         if sharded:
