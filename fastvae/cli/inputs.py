@@ -11,6 +11,7 @@ from fastvae.training import Objective, TrainConfig
 from fastvae.training.objective import decode_to_images
 from fastvae.training.run_folder import METRICS_FILE
 from fastvae.training.setup import resolve_device
+from fastvae.training.split import Split
 
 
 def load_model(path: Path, device: str) -> VAE:
@@ -49,26 +50,32 @@ def is_run(path: Path) -> bool:
 def load_images(model_path: Path, model: VAE, source: str | None) -> tuple[Dataset[Any], Dataset[Any], str]:
     """Images to use the model on, images that a baseline may learn from, and words for the first.
 
-    Of the data that the run was trained on these are the validation and the training images, since the model knows the
-    latter; of other data both are all images. Images are resized to the model's size.
+    The first are never images that the run was trained on (`Split.unseen`); of a model outside a run, both are all
+    images. Images are resized to the model's size.
 
     Raises:
-        ValueError: no data to take, or another number of channels than the model's.
+        ValueError: no data to take, none that the run was not trained on, or another number of channels than the
+            model's.
     """
     run = TrainConfig.from_run(model_path) if is_run(model_path) else None
     if source is None and run is None:
         raise ValueError(f"{model_path} is not a run folder, so it does not say which images to take. Pass --data.")
-    name = source or (run.data if run else "")
+    name = run.data if run and source is None else str(source)
     images = data.load(name, image_size=model.config.image_size, strict=run.strict if run else False)
     if images.shape[0] != model.config.channels:
         raise ValueError(
             f"the model is for {model.config.channels} channels, the images of {name} have {images.shape[0]}. "
             "Pass --data with images like those it was trained on."
         )
-    if run and run.data == name:
-        train, validation = data.split(images, validation=run.validation)
-        return validation, train, f"the {len(validation)} validation images of {name}"
-    return images, images, f"all {len(images)} images of {name}"
+    split = Split.load(model_path) if run else None
+    here = data.absolute_source(name)
+    if (
+        run and split is None and here == data.absolute_source(run.data)
+    ):  # an early run: it kept no split, but made this
+        split = Split.of(images, here, validation=run.validation)
+    if split is None:
+        return images, images, f"all {len(images)} images of {name}"
+    return split.unseen(images, name, is_own=source is None or here == split.source)
 
 
 def require_free(path: Path, *, force: bool) -> None:

@@ -17,9 +17,10 @@ from .objective_options import (
     check_objective,
 )
 
-# what a resumed run may change without changing what it learns; `out` and `resume` only say where the run folder is
+# what a resumed run may change without changing what it learns; `out` and `resume` only say where the run folder is,
+# and `data` where its images are: their content is compared
 FREE_ON_RESUME = frozenset(
-    {"out", "resume", "device", "workers", "cache", "log_every", "checkpoint_every", "log", "shard", "strict"}
+    {"data", "out", "resume", "device", "workers", "cache", "log_every", "checkpoint_every", "log", "shard", "strict"}
 )
 
 

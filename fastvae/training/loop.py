@@ -31,6 +31,7 @@ from .recorder import Recorder
 from .run_folder import choose_run_folder, naming_the_run
 from .schedule import learning_rate
 from .setup import averaged_over_steps, make_optimizer, model_config, resolve_device
+from .split import split_of_run
 from .step import accumulated, clip_gradients, shared_batch_size
 
 # devices where reading a value waits for nothing; on others the loss is checked when it is read anyway
@@ -103,11 +104,14 @@ def _train(
     report: Any,
 ) -> TrainResult:
     notify = on_event if on_event is not None and world.is_first else lambda event: None
+    source = "" if dataset is not None else data.absolute_source(config.data)
+    config = replace(config, data=source or config.data)  # the same files from whatever folder the run is used
     run = world.from_first(choose_run_folder(config) if world.is_first else None)
     if dataset is None:
         dataset = data.load(config.data, image_size=config.image_size, strict=config.strict)
     skipped: dict[str, str] = getattr(dataset, "skipped", {})
-    train_set, validation_set = data.split(dataset, validation=config.validation)
+    split = world.from_first(split_of_run(run, config, dataset, source) if world.is_first else None)
+    train_set, validation_set = split.subsets(dataset)
     shape = tuple(stack_images([train_set[0]]).shape[1:])
     batch_size = shared_batch_size(config, len(train_set), world.size)
     steps_per_epoch = len(train_set) // batch_size
@@ -159,7 +163,8 @@ def _train(
     if world.is_first:
         with naming_the_run(run):
             run.mkdir(parents=True, exist_ok=True)
-            write_json(run / CONFIG_FILE, replace(config, out=run, resume=None).to_json())
+            write_json(run / CONFIG_FILE, replace(config, out=run.resolve(), resume=None).to_json())
+            split.save(run)
             if skipped:
                 write_json(run / "skipped.json", skipped)
     counts = {"step": step, "steps_per_epoch": steps_per_epoch, "dimensions": math.prod(shape)}
