@@ -1,5 +1,7 @@
 import json
 import os
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -234,6 +236,54 @@ def test_what_is_left_out_is_listed(tmp_path, monkeypatch):
     assert "suffix" in reasons["notes.txt"]
     with pytest.raises(DataError, match=r"closed cannot be listed: Permission denied"):
         load(str(tmp_path))
+
+
+def test_what_was_found_instead_of_images_is_named(tmp_path):
+    save(tmp_path / "a.png")
+    (tmp_path / "a.png").rename(tmp_path / "a.data")
+    with pytest.raises(DataError, match=r"found 1 other files, such as .*a\.data: its suffix is not"):
+        load(str(tmp_path))
+
+
+@pytest.fixture
+def root():
+    """A folder that every user may enter."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+@pytest.fixture
+def not_the_superuser(root):
+    is_superuser = os.geteuid() == 0
+    if is_superuser:  # whom no permission stops
+        os.seteuid(65534)
+    yield
+    if is_superuser:
+        os.seteuid(0)
+
+
+@pytest.fixture
+def closed_folders(root):
+    save(root / "open" / "a.png")
+    for name in ("unlisted", "unentered"):
+        save(root / name / "a.png")
+    (root / "unlisted").chmod(0o000)
+    (root / "unentered").chmod(0o444)  # its files are seen and cannot be opened
+    yield
+    for name in ("unlisted", "unentered"):
+        (root / name).chmod(0o755)
+
+
+@pytest.mark.usefixtures("closed_folders", "not_the_superuser")
+def test_folders_without_permission_are_listed(root):
+    dataset = load(str(root), strict=False)
+    with pytest.raises(DataError, match="Permission denied"):
+        load(str(root))
+    assert [path.parent.name for path in dataset.paths] == ["open"]
+    reasons = {path.removeprefix(f"{root}/"): reason for path, reason in dataset.skipped.items()}
+    assert sorted(reasons) == ["unentered/a.png", "unlisted"]
+    assert all("Permission denied" in reason for reason in reasons.values())
 
 
 def test_run_folders_are_no_data(tmp_path):

@@ -10,7 +10,7 @@ import torch
 
 from fastvae import data
 from fastvae.cli import main
-from fastvae.data import DataError
+from fastvae.data import DataError, identify
 
 Image = pytest.importorskip("PIL.Image", reason="images need pillow, of the extra [train]")
 
@@ -151,6 +151,7 @@ class TestHub:
         assert (len(images), images.labels.tolist()) == (2, [1, 3])
         assert [key.partition(" of ")[0] for key in images.skipped] == ["image 0", "image 2"]
         assert images[1].shape == (1, 4, 4)
+        assert identify(images).keys[0] == identify(images).keys[1]
         with pytest.raises(DataError, match=r"image 0 of .* is missing"):
             data.load(name)
 

@@ -96,16 +96,24 @@ def _find_images(root: Path, *, strict: bool) -> tuple[list[Path], dict[str, str
             for path in (folder / entry for entry in files if not entry.startswith(".")):
                 if path.suffix.lower() not in suffixes:
                     skipped[str(path)] = "its suffix is not that of a kind of image that Pillow reads"
-                elif not path.is_file():
-                    skipped[str(path)] = "not a file, or a link to none"
-                else:
+                elif _is_file(path):
                     paths.append(path)
+                else:
+                    skipped[str(path)] = "not a file, or a link to none"
     if not paths:
+        first = "".join(f", such as {path}: {reason}" for path, reason in list(skipped.items())[:1])
         raise DataError(
             f"no images in {root}: looked there and in its sub-folders for {', '.join(sorted(suffixes))}"
-            f" and found {len(skipped) or 'no'} other files. Pass a folder of images."
+            f" and found {len(skipped) or 'no'} other files{first}. Pass a folder of images."
         )
     return sorted(paths), skipped
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # reading it will tell why
+        return True
 
 
 def _is_new(folder: Path, seen: set[tuple[int, int]]) -> bool:

@@ -1,5 +1,6 @@
 """Images of a Hugging Face data set, decoded as they are asked for."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,21 +70,21 @@ class HubImages(EncodedImages):
         mode = rows.features[self._column].mode  # to convert to, if the data set names one
         self._images = rows.select_columns([self._column]).cast_column(self._column, datasets.Image(decode=False))
         self.skipped = {}
-        kept = self._check_all(name, image_size, strict=strict)
+        self._rows: Sequence[int] = range(len(rows))
+        self._rows = self._check_all(name, image_size, strict=strict)
         if mode is not None:
             self.shape = (1 if mode in GREY_MODES else 3, *self.shape[1:])
-        if len(kept) < len(rows):
-            self._images, rows = self._images.select(kept), rows.select(kept)
-        label = next((k for k in ("labels", "label") if _is_integer(rows.features.get(k))), None)
-        self.labels = None if label is None else torch.tensor(rows[label][:], device="cpu")
+        label = next((key for key in ("labels", "label") if _is_integer(rows.features.get(key))), None)
+        self.labels = None if label is None else torch.tensor(rows[label][:], device="cpu")[self._rows]
 
     def __len__(self) -> int:
-        return len(self._images)
+        return len(self._rows)
 
     def _encoded(self, index: int) -> tuple[str, Path | bytes | None]:
-        found = self._images[index][self._column] or {}
+        row = self._rows[index]
+        found = self._images[row][self._column] or {}
         path = found.get("path")
-        return f"image {index} of {self.name}", found.get("bytes") or (Path(path) if path else None)
+        return f"image {row} of {self.name}", found.get("bytes") or (Path(path) if path else None)
 
 
 def _is_integer(feature: Any) -> bool:

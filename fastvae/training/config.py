@@ -34,7 +34,8 @@ class TrainConfig:
 
     data: str = "fashion-mnist"
     """Images to learn: "fashion-mnist" (comes with fastvae), "photos" (colour crops of photographs that scikit-image
-    and scikit-learn carry), a folder of images, x.npy, x.npz, idx:DIR or hf:NAME[:SPLIT[:COLUMN]]."""
+    and scikit-learn carry), a folder of images, x.npy, x.npz, idx:DIR or hf:NAME[:SPLIT[:COLUMN]]. A run keeps the
+    absolute path, and a resumed run checks that the images are the same wherever they lie."""
     out: Path | None = None
     """Run folder to create; runs/DATA-TIMESTAMP if not given. Nothing is ever overwritten in it."""
     resume: Path | None = None

@@ -69,7 +69,7 @@ class Split:
         buffer = io.BytesIO()
         keys = np.empty(0, np.uint64) if self.identity.keys is None else self.identity.keys
         arrays: dict[str, Any] = {"train": self.train, "validation": self.validation, "keys": keys}
-        np.savez_compressed(buffer, source=self.source, digest=self.identity.digest, **arrays)
+        np.savez(buffer, source=self.source, digest=self.identity.digest, **arrays)
         write_bytes(run / SPLIT_FILE, buffer.getvalue())
 
     def subsets(self, dataset: Dataset[Any]) -> tuple[Subset[Any], Subset[Any]]:
@@ -95,7 +95,9 @@ class Split:
         if then.keys is None or now.keys is None:
             return f"{words} with other content" if then.images == now.images else words
         missing, new = (~np.isin(then.keys, now.keys)).sum(), (~np.isin(now.keys, then.keys)).sum()
-        return f"{words}; {missing} are missing, {new} are new" if missing or new else f"{words}, in another order"
+        if not missing and not new and then.images == now.images:
+            return f"{words}, in another order"
+        return f"{words}; {missing} are missing, {new} are new"
 
     def unseen(self, dataset: Dataset[Any], source: str, *, is_own: bool) -> tuple[Subset[Any], Subset[Any], str]:
         """Images that the run was not trained on, those that it was, and words for the first.
