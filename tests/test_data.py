@@ -4,6 +4,7 @@ import pickle
 import struct
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -247,6 +248,19 @@ def test_truncated_array_is_named(tmp_path, name, keep):
     path.write_bytes(content[: keep if keep > 1 else int(len(content) * keep)])
     with pytest.raises(DataError, match=f"{name} cannot be read as a NumPy file"):
         load(str(path))
+
+
+@pytest.mark.parametrize("name", ["x.npy", "x.npz"])
+def test_a_flipped_bit_is_an_error_of_the_data_or_none(tmp_path, name):
+    path = tmp_path / name
+    (np.save if name == "x.npy" else np.savez_compressed)(path, random_images(1, 4, 4) / 255)
+    content = path.read_bytes()
+    for place in range(8 * min(len(content), 400)):
+        damaged = bytearray(content)
+        damaged[place // 8] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        with suppress(DataError):
+            load(str(path))
 
 
 def test_npz_names_decide(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -216,6 +217,20 @@ def test_a_damaged_split_is_named(source, damage, capsys):
     (run / SPLIT_FILE).write_bytes(damage((run / SPLIT_FILE).read_bytes()))
     for arguments in (["train", "--resume", str(run)], ["evaluate", "--model", str(run)]):
         assert "split.npz is damaged" in error_of(capsys, *arguments)
+
+
+def test_a_flipped_bit_gives_no_other_split(tmp_path):
+    keys = np.arange(6, dtype=np.uint64)
+    Split("d", data.Identity(6, "abc", keys), np.arange(4), np.arange(4, 6)).save(tmp_path)
+    content = (tmp_path / SPLIT_FILE).read_bytes()
+    for place in range(len(content)):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << place % 8
+        (tmp_path / SPLIT_FILE).write_bytes(damaged)
+        with suppress(ValueError):
+            split = Split.load(tmp_path)
+            assert (split.source, split.identity.digest) == ("d", "abc")
+            assert [*split.train, *split.validation, *split.identity.keys] == [*range(6), *range(6)]
 
 
 def test_runs_inside_their_data_folder_do_not_become_data(capsys):

@@ -50,7 +50,7 @@ def is_run(path: Path) -> bool:
 def load_images(model_path: Path, model: VAE, source: str | None) -> tuple[Dataset[Any], Dataset[Any], str]:
     """Images to use the model on, images that a baseline may learn from, and words for the first.
 
-    The first are never images that the run was trained on (`Split.unseen`); of a model outside a run, both are all
+    The first are images that the run was not trained on, see `Split.unseen`; of a model outside a run, both are all
     images. Images are resized to the model's size.
 
     Raises:
@@ -67,11 +67,9 @@ def load_images(model_path: Path, model: VAE, source: str | None) -> tuple[Datas
             f"the model is for {model.config.channels} channels, the images of {name} have {images.shape[0]}. "
             "Pass --data with images like those it was trained on."
         )
-    split = Split.load(model_path) if run else None
     here = data.absolute_source(name)
-    if (
-        run and split is None and here == data.absolute_source(run.data)
-    ):  # an early run: it kept no split, but made this
+    split = Split.load(model_path) if run else None
+    if split is None and run and here == data.absolute_source(run.data):  # a run of a version that kept no split
         split = Split.of(images, here, validation=run.validation)
     if split is None:
         return images, images, f"all {len(images)} images of {name}"

@@ -1,8 +1,6 @@
 """Images from NumPy arrays: .npy and .npz files, and whatever array another source has read."""
 
 import warnings
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ def load_array_file(path: Path, image_size: tuple[int, int] | None) -> ArrayImag
         raise
     except OSError as error:
         raise DataError(f"{path} cannot be opened: {error.strerror or error}.") from error
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # NumPy raises almost anything for damaged bytes: TokenError, NotImplementedError, ...
         raise DataError(
             f"{path} cannot be read as a NumPy file ({error}). It must be a whole .npy or .npz file of plain numbers "
             "(no Python objects), as np.save and np.savez write."
@@ -116,7 +114,8 @@ def _channels_first(array: npt.NDArray[Any], name: str) -> npt.NDArray[Any]:
 def _quantize(array: npt.NDArray[Any], name: str) -> npt.NDArray[np.uint8]:
     images = np.empty(array.shape, np.uint8)
     for chunk in _chunks(array.shape, array.itemsize):
-        values = array[chunk].astype(np.float32)
+        with np.errstate(over="ignore"):  # infinite values are refused
+            values = array[chunk].astype(np.float32)
         if not (values.min() >= 0 and values.max() <= 1):  # NaN fails both
             inside = ((values >= 0) & (values <= 1)).all(axis=(1, 2, 3))
             worst = int(np.argmin(inside))

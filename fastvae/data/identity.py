@@ -41,7 +41,7 @@ def identify(dataset: Any) -> Identity:
     """
     keys = _keys(dataset)
     hashed = _sample(dataset) if keys is None else keys
-    digest = hashlib.blake2b(hashed.tobytes(), key=str(len(dataset)).encode(), digest_size=16).hexdigest()
+    digest = hashlib.blake2b(f"{len(dataset)} images:".encode() + hashed.tobytes(), digest_size=16).hexdigest()
     return Identity(len(dataset), digest, keys)
 
 

@@ -1,7 +1,6 @@
 """The split of a run's data: which images it trains on and which it holds out, kept in the run folder."""
 
 import io
-import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -58,7 +57,7 @@ class Split:
                 images = len(train) + len(validation)
                 identity = Identity(images, str(arrays["digest"]), keys if len(keys) else None)
                 return cls(str(arrays["source"]), identity, train, validation)
-        except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except Exception as error:  # NumPy raises almost anything for damaged bytes
             raise ValueError(
                 f"{path} is damaged, so that the run's validation images are not known: copy it again, or start a new "
                 "run."
@@ -104,7 +103,8 @@ class Split:
 
         Of the run's own data, recognised by its content, the first are the validation images; if images were added,
         removed or moved since, those validation images that are still there. Of other data they are all images that the
-        run was not trained on. If it was trained on none, the second are the same as the first.
+        run was not trained on, or simply all, if it or they have no hashes of single images (`fastvae.data.identify`).
+        If the run was trained on none, the second are the same as the first.
 
         Args:
             dataset: Images.
