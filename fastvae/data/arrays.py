@@ -20,7 +20,7 @@ def load_array_file(path: Path, image_size: tuple[int, int] | None) -> ArrayImag
     """Open a .npy file (memory-mapped) or a .npz file (key `images`, or its only array) without pickle."""
     try:
         array, labels = _read_npz(path) if path.suffix.lower() == ".npz" else (_map_npy(path), None)
-    except DataError:
+    except (DataError, PermissionError, FileNotFoundError):  # whose own words are clearer
         raise
     except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(

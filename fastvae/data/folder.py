@@ -160,6 +160,8 @@ def _opened(path: Path) -> Iterator["Image"]:
             yield image
     except DataError:
         raise
+    except (PermissionError, FileNotFoundError) as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}. Set its permissions or remove it.") from error
     except UnidentifiedImageError as error:
         raise DataError(f"{path} is not an image that Pillow can read. Remove or replace it.") from error
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
