@@ -17,7 +17,7 @@ from fastvae.training.events import Logged, Started
 
 EXTRA = "the command line needs the extra [train]"
 Image = pytest.importorskip("PIL.Image", reason=EXTRA)
-for package in ("matplotlib", "safetensors", "rich", "tyro"):
+for package in ("matplotlib", "safetensors", "rich"):
     pytest.importorskip(package, reason=EXTRA)
 commands = pytest.importorskip("fastvae.cli.commands", reason=EXTRA)
 inputs = pytest.importorskip("fastvae.cli.inputs", reason=EXTRA)
@@ -112,7 +112,7 @@ def test_help_lists_the_commands(arguments, capsys):
         main(arguments)
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    assert all(f"• {name}" in text for name in commands.COMMANDS)
+    assert all(f"\n  {name} " in text for name in commands.COMMANDS)
 
 
 def pixels(path):
@@ -329,12 +329,12 @@ def test_reader_that_has_gone_is_no_error():
 
 def test_missing_parser_is_one_line_that_names_the_extra():
     process = fastvae(
-        "train", code="import sys; sys.modules['tyro'] = None; from fastvae.cli import main; sys.exit(main())"
+        "train", code="import sys; sys.modules['rich'] = None; from fastvae.cli import main; sys.exit(main())"
     )
     _, error = process.communicate(timeout=60)
     assert process.returncode == 2
     assert error == (
-        'fastvae: error: tyro is not installed; this command needs it. Run: pip install "fastvae-triton[train]"\n'
+        'fastvae: error: rich is not installed; this command needs it. Run: pip install "fastvae-triton[train]"\n'
     )
 
 
