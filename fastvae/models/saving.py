@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._files import dump_json, parse_json, read_json_object, write_bytes, write_json
+from .._files import dump_json, parse_json, read_json_object, require_object, write_bytes, write_json
 from .config import VAEConfig
 
 WEIGHTS = "model.safetensors"
@@ -29,7 +29,7 @@ def load(directory: Path, device: torch.device | str) -> tuple[VAEConfig, dict[s
         ValueError: a damaged file, an unknown config key, or config and weights of different models.
     """
     values, state, metadata = read_files(directory, WEIGHTS, "cpu", writer="save_pretrained")
-    if metadata.get("sha256", checksum(state)) != checksum(state):
+    if "sha256" in metadata and metadata["sha256"] != checksum(state):
         raise ValueError(
             f"{directory / WEIGHTS} is damaged: its weights are not those that were saved. Copy or save it again."
         )
@@ -39,10 +39,11 @@ def load(directory: Path, device: torch.device | str) -> tuple[VAEConfig, dict[s
         config = VAEConfig.from_dict(values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    saved_with = (
-        parse_json(metadata["config"], f"the config in {directory / WEIGHTS}") if "config" in metadata else values
-    )
-    if saved_with != values and VAEConfig.from_dict(saved_with) != config:
+    source = f"the config in {directory / WEIGHTS}"
+    if (
+        "config" in metadata
+        and VAEConfig.from_dict(require_object(parse_json(metadata["config"], source), source)) != config
+    ):
         raise ValueError(
             f"{path} and {directory / WEIGHTS} belong to different models: a save was interrupted between them, or one "
             f"was edited. The weights were saved with {metadata['config']}; put that into {CONFIG}, or save again."
