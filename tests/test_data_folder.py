@@ -193,7 +193,7 @@ def test_permissions_are_called_by_their_name(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Image, "open", refuse)
-    with pytest.raises(DataError, match=r"a\.png cannot be read: Permission denied\.$"):
+    with pytest.raises(DataError, match=r"a\.png cannot be read: Permission denied\. Set"):
         load(str(tmp_path))
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -100,6 +101,23 @@ class TestHub:
         monkeypatch.setattr(datasets, "load_dataset", load_dataset)
         assert len(data.load("hf:someone/pictures:validation")) == 1
         assert asked == [("someone/pictures", "validation")]
+
+    def test_a_data_set_that_cannot_be_loaded_is_named(self, folder, tmp_path, monkeypatch):
+        datasets = pytest.importorskip("datasets", reason="Hugging Face data sets need the extra [hf]")
+
+        def load_dataset(name, split):
+            raise ValueError(f'Unknown split "{split}".')
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        with pytest.raises(DataError, match=r'someone/pictures cannot be loaded .*: Unknown split "dev"'):
+            data.load("hf:someone/pictures:dev")
+        with pytest.raises(DataError, match=r"cannot be loaded as a Hugging Face data set"):
+            data.load(f"hf:{tmp_path}")
+        damaged = shutil.copytree(folder, tmp_path / "damaged")
+        for file in damaged.rglob("*.arrow"):
+            file.write_bytes(file.read_bytes()[:100])
+        with pytest.raises(DataError, match=r"cannot be loaded as a Hugging Face data set"):
+            data.load(f"hf:{damaged}")
 
     @pytest.fixture
     def saved(self, tmp_path):

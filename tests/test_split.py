@@ -13,9 +13,11 @@ from torch.utils.data import TensorDataset
 
 from fastvae import data
 
+from .support.command import error_of
+
 EXTRA = "training needs the extra [train]"
 Image = pytest.importorskip("PIL.Image", reason=EXTRA)
-for package in ("matplotlib", "safetensors", "rich", "tyro"):
+for package in ("matplotlib", "safetensors", "rich"):
     pytest.importorskip(package, reason=EXTRA)
 inputs = pytest.importorskip("fastvae.cli.inputs", reason=EXTRA)
 
@@ -82,14 +84,6 @@ def parts(run):
 def shared(some, others):
     """How many of some images are among others."""
     return sum(any(np.array_equal(image, other) for other in others) for image in some)
-
-
-def error_of(capsys, *arguments):
-    capsys.readouterr()
-    assert main(arguments) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    return error
 
 
 def test_the_runs_data_is_recognised_under_every_name(source, tmp_path, monkeypatch):

@@ -8,10 +8,13 @@ from torch.utils.data import Dataset
 from fastvae import data
 from fastvae.models import VAE
 from fastvae.training import Objective, TrainConfig
+from fastvae.training.config import MOST
 from fastvae.training.objective import decode_to_images
 from fastvae.training.run_folder import METRICS_FILE
-from fastvae.training.setup import resolve_device
+from fastvae.training.setup import require_fits, resolve_device
 from fastvae.training.split import Split
+
+from .._files import require_regular
 
 
 def load_model(path: Path, device: str) -> VAE:
@@ -80,20 +83,31 @@ def require_free(path: Path, *, force: bool) -> None:
     """Refuse to overwrite a file unless told to, and make the folder for it.
 
     Raises:
-        FileExistsError: `path` exists, and `force` is not set or it is a folder.
+        FileExistsError: `path` exists, and `force` is not set or it is no regular file.
     """
-    if path.is_dir():
-        raise FileExistsError(f"{path} is a folder. Pass a file name with --out.")
+    require_regular(path)
     if path.exists() and not force:
         raise FileExistsError(f"{path} exists already. Choose another --out, or overwrite it with --force.")
     path.parent.mkdir(parents=True, exist_ok=True)
 
 
-def require_positive(name: str, value: int, *, least: int = 1) -> None:
-    """Refuse a count that is too small.
+def require_picture(n: int, model: VAE) -> None:
+    """Refuse a picture of more images than memory holds; the smallest are enlarged to about 56 pixels.
 
     Raises:
-        ValueError: `value` is below `least`.
+        ValueError: `n` images are too many.
     """
-    if value < least:
-        raise ValueError(f"--{name} must be at least {least}; got {value}.")
+    channels, height, width = model.config.image_shape
+    pixels = channels * max(height, 56) * max(width, 56)
+    require_fits(6 * n * pixels, next(model.parameters()).device, f"a picture of {n} images")
+
+
+def require_positive(name: str, value: int, *, least: int = 1, most: int = MOST) -> None:
+    """Refuse a count that is too small or too large.
+
+    Raises:
+        ValueError: `value` is below `least` or above `most`.
+    """
+    if not least <= value <= most:
+        allowed = f"at least {least}" if value < least else f"at most {most}"
+        raise ValueError(f"--{name} must be {allowed}; got {value}.")

@@ -1,5 +1,6 @@
 """Progress of a training run: a bar on a terminal, plain lines elsewhere."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ SECONDS_BETWEEN_LINES = 10.0
 @contextmanager
 def reporter() -> Iterator[Callable[[Event], None]]:
     """What to pass to `train` as `on_event`."""
-    if not sys.stdout.isatty():
+    if not sys.stdout.isatty() or os.environ.get("TERM") in ("dumb", "unknown"):
         yield PlainLines()
         return
     words = TextColumn("{task.description}")

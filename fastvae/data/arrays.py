@@ -22,7 +22,9 @@ def load_array_file(path: Path, image_size: tuple[int, int] | None) -> ArrayImag
     except DataError:
         raise
     except OSError as error:
-        raise DataError(f"{path} cannot be opened: {error.strerror or error}.") from error
+        raise DataError(
+            f"{path} cannot be opened: {error.strerror or error}. Set its permissions or replace it."
+        ) from error
     except Exception as error:  # NumPy raises almost anything for damaged bytes: TokenError, NotImplementedError, ...
         raise DataError(
             f"{path} cannot be read as a NumPy file ({error}). It must be a whole .npy or .npz file of plain numbers "

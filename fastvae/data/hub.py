@@ -28,7 +28,7 @@ class HubImages(EncodedImages):
 
     Raises:
         ImportError: the package datasets is not installed.
-        DataError: no such split, no column of images, or an image of another size or that is refused in a folder.
+        DataError: no such data set or split, no column of images, or an image that a folder would refuse.
     """
 
     labels: Tensor | None
@@ -47,15 +47,7 @@ class HubImages(EncodedImages):
         except ImportError as error:
             raise ImportError('data of Hugging Face needs datasets: pip install "fastvae-triton[train,hf]"') from error
         self.name = name
-        rows: Any
-        if Path(name).expanduser().is_dir():
-            rows = datasets.load_from_disk(str(Path(name).expanduser()))
-            if isinstance(rows, datasets.DatasetDict):
-                if split not in rows:
-                    raise DataError(f"{name} has no split {split!r}; it has {', '.join(rows)}. Pass hf:NAME:SPLIT.")
-                rows = rows[split]
-        else:
-            rows = datasets.load_dataset(name, split=split)
+        rows = _rows(datasets, name, split)
         images = [key for key, feature in rows.features.items() if isinstance(feature, datasets.Image)]
         if column is None and not images:
             raise DataError(f"{name} has no column of images; its columns are {', '.join(rows.features)}.")
@@ -85,6 +77,19 @@ class HubImages(EncodedImages):
         found = self._images[row][self._column] or {}
         path = found.get("path")
         return f"image {row} of {self.name}", found.get("bytes") or (Path(path) if path else None)
+
+
+def _rows(datasets: Any, name: str, split: str) -> Any:
+    folder = Path(name).expanduser()
+    try:
+        found = datasets.load_from_disk(str(folder)) if folder.is_dir() else datasets.load_dataset(name, split=split)
+    except Exception as error:  # errors of its own, of the network, of Arrow for damaged files, ValueError for a split
+        raise DataError(f"{name} cannot be loaded as a Hugging Face data set: {error}") from error
+    if not isinstance(found, datasets.DatasetDict):
+        return found
+    if split not in found:
+        raise DataError(f"{name} has no split {split!r}; it has {', '.join(found)}. Pass hf:NAME:SPLIT.")
+    return found[split]
 
 
 def _is_integer(feature: Any) -> bool:

@@ -119,7 +119,7 @@ class EncodedImages(ImageDataset):
         try:
             return key_of(source.read_bytes() if isinstance(source, Path) else source or b"")
         except OSError as error:
-            raise DataError(f"{name} cannot be read: {error.strerror}.") from error
+            raise _unreadable(name, error) from error
 
 
 @contextmanager
@@ -140,8 +140,12 @@ def opened(source: Path | bytes | None, name: str) -> Iterator["Image"]:
         raise DataError(f"{name} is not an image that Pillow can read. Remove or replace it.") from error
     except Exception as error:  # decoders raise almost anything for damaged bytes: struct.error, KeyError, ...
         if isinstance(error, OSError) and error.strerror:
-            raise DataError(f"{name} cannot be read: {error.strerror}.") from error
+            raise _unreadable(name, error) from error
         raise DataError(f"{name} is damaged or too large to decode ({error}). Remove or replace it.") from error
+
+
+def _unreadable(name: str, error: OSError) -> DataError:
+    return DataError(f"{name} cannot be read: {error.strerror}. Set its permissions or remove it.")
 
 
 def decoded(image: "Image", channels: int, name: str) -> "Image":

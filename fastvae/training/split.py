@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, Subset
 from fastvae import data
 from fastvae.data import Identity
 
-from .._files import write_bytes
+from .._files import require_regular, write_bytes
 from .config import TrainConfig
 
 SPLIT_FILE = "split.npz"
@@ -50,6 +50,7 @@ class Split:
         path = run / SPLIT_FILE
         if not path.exists():
             return None
+        require_regular(path)
         content = path.read_bytes()
         try:
             with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
