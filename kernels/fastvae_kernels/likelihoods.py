@@ -191,6 +191,6 @@ def likelihood(options: Any, recon: Any, target: Any) -> Likelihood:
     """
     byte = target is not None and target.dtype == torch.uint8
     scale, shift = (options.target_scale, options.target_shift) if byte else (1.0, 0.0)
-    exact = shift == 0 or torch.tensor(shift, dtype=recon.dtype).item() == shift
+    exact = shift == 0 or torch.tensor(shift, dtype=recon.dtype, device="cpu").item() == shift
     constants = (options.parameter, scale, shift, shift if exact else 0.0, options.name in ZERO_WHERE_EQUAL and exact)
     return Likelihood(*PAIRS[options.name], *map(tl.constexpr, constants))
