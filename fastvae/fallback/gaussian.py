@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from .._dtypes import compute_dtype
 from .._options import Clamp, ElboOptions, ElboTensors, FloorOptions
-from ..reference import compute_dtype
 
 
 def clamped(logvar: Tensor, bounds: Clamp | None) -> Tensor:

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._dtypes import compute_dtype
 from .._options import Clamp, Noise, PhiloxNoise
-from ..reference import compute_dtype
 from .gaussian import clamped, kl_per_sample, rows, zero_outside
 from .philox import philox_normal
 
