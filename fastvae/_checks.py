@@ -278,7 +278,7 @@ def logvar_clamp(value: Any) -> Clamp | None:
         return None
     try:
         low, high = (float(bound) for bound in value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         low = high = math.nan
     low, high = in_dtype(low, torch.float32), in_dtype(high, torch.float32)  # no variance needs more
     if not low < high:
