@@ -204,13 +204,14 @@ def _kl_by_dimension(latents: Latents) -> tuple[Tensor, Tensor]:
     prior_mu, prior_logvar = latents.prior or (None, None)
     assert mu is not None
     assert logvar is not None
+    n = math.prod(mu.shape[1:])
     if latents.weight is None:
-        turned = [None if t is None else t.reshape(batch, -1).t() for t in (mu, logvar, prior_mu, prior_logvar)]
+        turned = [None if t is None else t.reshape(batch, n).t() for t in (mu, logvar, prior_mu, prior_logvar)]
         tensors = ElboTensors(None, None, None, *turned)
         kl = _op(tensors, ElboOptions(per_sample=True, logvar_clamp=latents.logvar_clamp))[2]
     else:
         elements = reference.gaussian_kl(mu, logvar, latents.logvar_clamp, prior_mu, prior_logvar)
-        kl = (elements.reshape(batch, -1) * latents.weight.to(elements.dtype)[:, None]).sum(0)
+        kl = (elements.reshape(batch, n) * latents.weight.to(elements.dtype)[:, None]).sum(0)
     assert latents.free_bits is not None
     nats = in_dtype(latents.free_bits.nats, kl.dtype)
     raised = (kl / batch if batch else kl).clamp(min=nats).sum() * (latents.normalizer * batch)
