@@ -111,9 +111,9 @@ def _sigmoid(x):
 
 @triton.jit
 def _bernoulli_error(logits, target, parameter):
-    """log(1 + exp(logits)) - logits * target"""
-    largest = tl.where(logits < 0, 0.0, logits)
-    return (largest - logits * target) + _log1p(exp(-tl.abs(logits), logits.dtype))
+    """log(1 + exp(logits)) - logits * target, without a difference of the two, which is NaN where both are infinite"""
+    size = tl.abs(logits)
+    return size * tl.where(logits < 0, target, 1.0 - target) + _log1p(exp(-size, logits.dtype))
 
 
 @triton.jit
