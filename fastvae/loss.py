@@ -1,9 +1,10 @@
 """The loss as a module: one line changed in existing training code."""
 
 import inspect
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from . import _checks, _numbers, likelihoods
 from ._dtypes import compute_dtype, in_dtype
@@ -35,8 +36,12 @@ class VAELoss(KeepsPrecision):
             within the forward pass, so the upstream gradient stays 1. A last micro-batch of b samples instead of B
             weighs as much as the others; `weight=torch.full([b], b / B)` makes each sample weigh the same.
 
+    torch.compile and torch.jit.trace record the plain formula, the latter for any batch size; in a graph of torch.fx a
+    call is one node.
+
     Raises:
         ValueError, TypeError: an option without meaning, at construction; inputs that do not fit, at the call.
+        RuntimeError: torch.jit.script, which cannot compile it.
 
     Example:
         >>> criterion = fastvae.VAELoss(beta=1.0)
@@ -132,6 +137,14 @@ class VAELoss(KeepsPrecision):
 
         `beta` overrides the module's for this call.
         """
+        first: Any = recon
+        if isinstance(first, Proxy):  # torch.fx records a call as one node, like that of a module of torch.nn
+            given = {"kl": kl, "beta": beta, "prior": prior, "weight": weight, "mask": mask, "extra": extra}
+            tracer: Any = first.tracer
+            node: Tensor = tracer.create_proxy(
+                "call_module", tracer.path_of_module(self), (recon, target, mu, logvar), given
+            )
+            return node
         terms = vae_loss(
             recon,
             target,
@@ -155,6 +168,12 @@ class VAELoss(KeepsPrecision):
             inplace=self.inplace,
         )
         return terms if self.return_terms else terms.loss
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise RuntimeError(
+            "torch.jit.script cannot compile a VAELoss, whose options decide in Python what is computed. Use "
+            "torch.compile or torch.jit.trace, or leave the loss out of the module that is scripted."
+        )
 
     def extra_repr(self) -> str:
         always = ("beta", "likelihood", "reduction")

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _calls, reference
+from . import _backend, _calls, reference
 from ._dtypes import compute_dtype, in_dtype
 from ._options import ElboOptions, ElboTensors
 from .likelihoods import Gaussian, Scaled
@@ -120,7 +120,7 @@ def _by_sample(
         tensors = tensors._replace(mu=None, logvar=None, prior_mu=None, prior_logvar=None)
     # a copy, because a schedule may step the tensor before the backward pass
     beta, recon_weight = (w.to(dtype).clone() if isinstance(w, Tensor) else w for w in options[:2])
-    share = _share(images)
+    share = in_dtype(_share(images), dtype)
     linear = share * scale.shrink * scale.factor
     row_options = options._replace(beta=1.0, recon_weight=recon_weight, kl_scale=1.0, per_sample=True)
     if scale.optimal:
@@ -153,10 +153,10 @@ def _by_sample(
 
     if latents is None:
         return VAELossTerms(recon_weight * recon, recon, torch.zeros_like(recon))
-    if by_dimension:
-        kl, regularised = (t.to(dtype) for t in _kl_by_dimension(latents))
-    else:
-        kl, regularised = _kl_term(latents, kl_rows, kl_rows if raised is None else raised)
+    both = (
+        _kl_by_dimension(latents) if by_dimension else _kl_term(latents, kl_rows, kl_rows if raised is None else raised)
+    )
+    kl, regularised = (term.to(dtype) for term in both)
     return VAELossTerms(recon_weight * recon + beta * regularised, recon, kl)
 
 
@@ -227,6 +227,6 @@ def _beyond_capacity(latents: Latents, term: Tensor) -> Tensor:
 
 def _op(tensors: ElboTensors, options: ElboOptions) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(loss, recon term, KL term, KL term under the floor)."""
-    if torch.compiler.is_compiling():  # the compiler fuses the plain formula with its neighbours
+    if _backend.is_traced():  # a compiler fuses the plain formula with its neighbours
         return reference.elbo(tensors, options)
     return elbo(tensors, options)

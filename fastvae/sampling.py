@@ -33,7 +33,7 @@ def sample(
     if site is None:
         _checks.gaussian(mu, logvar)
         bounds = _checks.logvar_clamp(logvar_clamp)
-        if torch.compiler.is_compiling() or _registered.is_watched(mu):
+        if _backend.is_traced() or _registered.is_watched(mu):
             return _traced(mu, logvar, generator, seed, offset, bounds, with_kl=with_kl)
         site = Site(_backend.room_of(mu, "reparam_kl"), dim, bounds, with_kl, {})
         first, second = readable(first), None if second is None else readable(second)
@@ -69,7 +69,7 @@ def _traced(
 
 def philox(shape: torch.Size, seed: int | Tensor, offset: int, dtype: torch.dtype, like: Tensor) -> Tensor:
     """The noise of seeded sampling itself, on the device of `like`."""
-    if torch.compiler.is_compiling() or _registered.is_watched(like):
+    if _backend.is_traced() or _registered.is_watched(like):
         return _registered.philox_normal(shape, seed, offset, dtype, like.device)
     room = _backend.room_of(like, "philox")
     normals: Tensor = room.philox_normal(shape, seed, offset, dtype, like.device)

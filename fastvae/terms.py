@@ -1,7 +1,7 @@
 """The two terms of a loss as they were asked for."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,9 @@ def normalizer(reduction: str, tensor: Tensor) -> float:
     """Factor on the sum of a term; NaN where torch's mean over nothing is."""
     if reduction == "sum" or reduction == "none":
         return 1.0
-    divisor = tensor.shape[0] if reduction == "batchmean" else tensor.numel()
+    divisor: Any = tensor.shape[0] if reduction == "batchmean" else tensor.numel()
+    if isinstance(divisor, Tensor):  # torch.jit.trace keeps sizes variable
+        divisor = divisor.double()
     return 1.0 / divisor if divisor else float("nan")
 
 
@@ -158,11 +160,15 @@ class Scale(NamedTuple):
         return cls(1.0, share, share, constant, by_element, folded=factor)
 
     def at_best(self, images: Images, errors: Tensor, count: Weight) -> "Scale":
-        """With the scale that makes the term smallest, log of the mean error."""
+        """With the scale that makes the term smallest, log of the mean error; the mean of nothing is 1."""
         assert isinstance(images.likelihood, Gaussian)
-        total = count.sum() if isinstance(count, Tensor) else errors.new_tensor(count * errors.shape[0])
-        mean = self.factor * errors.sum() / total.clamp(min=1)
-        log_scale = images.likelihood.clipped(torch.log(torch.where(total > 0, mean, torch.ones_like(mean))))
+        total = count.sum() if isinstance(count, Tensor) and count.ndim else count * errors.shape[0]
+        if isinstance(total, Tensor):
+            mean = errors.sum() / total.clamp(min=1)
+            mean = torch.where(total > 0, mean, torch.ones_like(mean))
+        else:
+            mean = errors.sum() / total if total else errors.new_ones(())
+        log_scale = images.likelihood.clipped(torch.log(self.factor * mean))
         return self._replace(shrink=self.share * torch.exp(-log_scale), constant=self.share * log_scale + self.constant)
 
 
