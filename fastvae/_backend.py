@@ -100,6 +100,11 @@ def backend_of(tensor: Tensor) -> str:
     return "triton"
 
 
+def is_traced() -> bool:
+    """Whether torch.compile, torch.export or torch.jit.trace records what is computed: then plain formulas serve."""
+    return torch.compiler.is_compiling() or torch._C._is_tracing()
+
+
 @cache
 def room(backend: str, op: str) -> ModuleType:
     """The module that computes `op` on `backend`. Triton is imported here, at the first use of a kernel."""

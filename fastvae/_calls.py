@@ -18,7 +18,7 @@ _MOST_KNOWN = 1024
 
 def signature(tensors: Sequence[Tensor | None], *options: Any) -> Call | None:
     """None where something unusual came, or where somebody looks on."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if _backend.is_traced() or torch._C._len_torch_dispatch_stack():
         return None
     seen: list[Any] = [_backend.choice(), *options]
     try:

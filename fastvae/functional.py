@@ -1,12 +1,16 @@
 """The public functions: what they mean, and whether what came makes sense."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _calls, _checks, likelihoods
+from ._dtypes import compute_dtype
+from ._numbers import is_integer
 from ._options import Clamp
+from ._seeds import noise_source
 from .likelihoods import Likelihood
 from .objective import KnownLoss, objective
 from .objective import VAELossTerms as VAELossTerms
@@ -228,17 +232,18 @@ def vae_loss(
     call = None
     usual = weight is None and mask is None and extra is None and free_bits is None and capacity is None
     if usual and prior is None and not inplace and type(likelihood) is str:
-        options = (likelihood, reduction, recon_reduction, kl_reduction, logvar_clamp, one_pass)
+        wide = compute_dtype(beta, recon_weight)  # decides the dtype of all, where it is float64
+        options = (likelihood, reduction, recon_reduction, kl_reduction, logvar_clamp, one_pass, wide)
         call = _calls.signature((recon, target, mu, logvar, kl), *options)
         known: KnownLoss | None = _calls.recall(call)
         if known is not None:
-            _checks.weight("beta", beta, recon)
-            _checks.weight("recon_weight", recon_weight, recon)
+            beta = _checks.weight("beta", beta, recon)
+            recon_weight = _checks.weight("recon_weight", recon_weight, recon)
             return known(beta, recon_weight, recon, target, *((mu, logvar) if kl is None else (kl,)))
     reductions = _checks.reductions(reduction, recon_reduction, kl_reduction)
     images = _images(recon, target, likelihood, reductions[0], weight, mask, extra)
-    _checks.weight("beta", beta, recon)
-    _checks.weight("recon_weight", recon_weight, recon)
+    beta = _checks.weight("beta", beta, recon)
+    recon_weight = _checks.weight("recon_weight", recon_weight, recon)
     _checks.posterior(recon, mu, logvar, kl, reductions[1])
     if free_bits is not None or capacity is not None:
         _checks.regularizers(free_bits, FreeBits, capacity, Capacity)
@@ -315,6 +320,8 @@ def philox_normal(
         device = seed.device
     like = torch.empty(0, dtype=dtype, device=device)
     _checks.float_tensor("the noise", like)
-    _checks.noise_source(like, None, seed, offset)
-    size = torch.Size([shape] if isinstance(shape, int) else shape)
-    return philox(size, seed, offset, dtype, like)
+    checked, offset = noise_source(like, None, seed, offset)
+    assert checked is not None
+    sizes: Any = [shape] if is_integer(shape) else shape
+    size = torch.Size([int(side) for side in sizes])
+    return philox(size, checked, offset, dtype, like)

@@ -4,13 +4,15 @@ e is the error of one element, x' the reconstruction, x the target; a loss adds 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from . import _checks
+from . import _checks, _numbers
+from ._modules import KeepsPrecision
 from ._options import ErrorOptions
 from .reference import BYTE_SCALE
 
@@ -30,6 +32,14 @@ class Elementwise:
     target_scale: float = BYTE_SCALE
     target_shift: float = 0.0
     mask_normalize: bool = False
+
+    def __post_init__(self) -> None:
+        self._hold(_numbers.finite, "target_scale", "target_shift")
+
+    def _hold(self, check: Callable[[str, object], float], *names: str) -> None:
+        """Replace fields by what a check makes of them."""
+        for name in names:
+            object.__setattr__(self, name, check(name, getattr(self, name)))
 
     @property
     def error(self) -> ErrorOptions:
@@ -89,11 +99,12 @@ class Huber(Elementwise):
     _pair = "huber"
 
     def __post_init__(self) -> None:
-        _checks.positive("delta", self.delta)
+        super().__post_init__()
+        self._hold(_numbers.positive, "delta")
 
     @property
     def _parameter(self) -> float:
-        return float(self.delta)
+        return self.delta
 
 
 @dataclass(frozen=True)
@@ -107,8 +118,8 @@ class SmoothL1(Elementwise):
     beta: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.beta != 0:
-            _checks.positive("beta", self.beta)
+        super().__post_init__()
+        self._hold(_numbers.number if self.beta == 0 else _numbers.positive, "beta")
 
     @property
     def _pair(self) -> str:
@@ -116,7 +127,7 @@ class SmoothL1(Elementwise):
 
     @property
     def _parameter(self) -> float:
-        return float(self.beta)
+        return self.beta
 
     @property
     def factor(self) -> float:
@@ -137,11 +148,12 @@ class LogCosh(Elementwise):
     _pair = "log_cosh"
 
     def __post_init__(self) -> None:
-        _checks.positive("alpha", self.alpha)
+        super().__post_init__()
+        self._hold(_numbers.positive, "alpha")
 
     @property
     def _parameter(self) -> float:
-        return float(self.alpha)
+        return self.alpha
 
     @property
     def factor(self) -> float:
@@ -166,7 +178,7 @@ class BernoulliProbs(Elementwise):
     _pair = "bernoulli_probs"
 
 
-class _WithScale(nn.Module):
+class _WithScale(KeepsPrecision):
     """share * (e exp(-s) + s) + constant for each element, s the log of the scale."""
 
     log_scale: float | Tensor | Literal["optimal"]
@@ -237,10 +249,9 @@ class Gaussian(_WithScale):
         mask_normalize: bool = False,
     ) -> None:
         base = L2(from_logits, target_scale=target_scale, target_shift=target_shift, mask_normalize=mask_normalize)
-        _checks.log_scale("logvar", logvar, also="optimal")
-        super().__init__(base, logvar, share=0.5)
+        super().__init__(base, _checks.log_scale("logvar", logvar, also="optimal"), share=0.5)
         self.constant = 0.5 * math.log(2 * math.pi) if full else 0.0
-        self.softclip = softclip
+        self.softclip = None if softclip is None else _numbers.finite("softclip", softclip)
 
     def extra_repr(self) -> str:
         return f"logvar={_shown(self.log_scale)}, full={self.constant != 0}, softclip={self.softclip}"
@@ -266,8 +277,7 @@ class Scaled(_WithScale):
                 f"base must be a name or an elementwise likelihood; got {type(base).__name__}. Scaled adds a scale to "
                 "it itself."
             )
-        _checks.log_scale("log_scale", log_scale)
-        super().__init__(resolved, log_scale, share=1.0)
+        super().__init__(resolved, _checks.log_scale("log_scale", log_scale), share=1.0)
 
     def extra_repr(self) -> str:
         return f"base={self.base}, log_scale={_shown(self.log_scale)}"

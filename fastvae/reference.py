@@ -9,14 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._dtypes import compute_dtype as compute_dtype
 from ._options import Clamp, ElboOptions, ElboTensors, ErrorOptions, FloorOptions
 
 BYTE_SCALE = 1 / 255  # a uint8 target stands for the values 0, 1/255, ..., 1
-
-
-def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """float64 if any tensor is, else float32: the dtype of arithmetic, losses and KL."""
-    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def clamp(logvar: Tensor, bounds: Clamp | None) -> Tensor:
@@ -125,11 +121,12 @@ def elbo(inputs: ElboTensors, options: ElboOptions) -> tuple[Tensor, Tensor, Ten
             elements = torch.where(mask, elements, torch.zeros_like(elements))
         recon_term = options.recon_scale * total(elements) + options.recon_constant
     if kl is not None:
-        kl_term = options.kl_scale * (kl.to(compute_dtype(kl)) if options.per_sample else kl.to(dtype).sum())
+        kl_term = options.kl_scale * (kl.to(dtype) if options.per_sample else kl.to(dtype).sum())
     elif mu is not None and logvar is not None:
         elements = gaussian_kl(mu, logvar, options.logvar_clamp, prior_mu, prior_logvar)
         kl_term = options.kl_scale * total(elements)
         if options.floor is not None:
             regularised = options.kl_scale * total(raised(elements, options.floor))
-    weighed = kl_term if regularised is None else regularised
+    recon_term, kl_term = recon_term.to(dtype), kl_term.to(dtype)
+    weighed = kl_term if regularised is None else regularised.to(dtype)
     return options.recon_weight * recon_term + options.beta * weighed, recon_term, kl_term, regularised

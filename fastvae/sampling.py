@@ -5,6 +5,7 @@ from torch import Tensor
 
 from . import _backend, _calls, _checks, reference
 from ._options import Clamp, PhiloxNoise
+from ._seeds import noise_source
 from ._strides import readable
 from .ops import _registered
 from .ops.reparam_kl import ReparamKLFunction, Site
@@ -32,12 +33,12 @@ def sample(
     if site is None:
         _checks.gaussian(mu, logvar)
         bounds = _checks.logvar_clamp(logvar_clamp)
-        if torch.compiler.is_compiling() or _registered.is_watched(mu):
+        if _backend.is_traced() or _registered.is_watched(mu):
             return _traced(mu, logvar, generator, seed, offset, bounds, with_kl=with_kl)
         site = Site(_backend.room_of(mu, "reparam_kl"), dim, bounds, with_kl, {})
         first, second = readable(first), None if second is None else readable(second)
         _calls.remember(call, site, (mu, logvar))
-    _checks.noise_source(mu, generator, seed, offset)
+    seed, offset = noise_source(mu, generator, seed, offset)
     drawn = seed is None and site.room is _backend.room("torch", "reparam_kl")
     noise = _drawn(mu, generator) if drawn else _philox_noise(mu, generator, seed, offset)
     z, kl = ReparamKLFunction.apply(site, noise, first, second)  # type: ignore[no-untyped-call]
@@ -54,7 +55,7 @@ def _traced(
     *,
     with_kl: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    _checks.noise_source(mu, generator, seed, offset)
+    seed, offset = noise_source(mu, generator, seed, offset)
     if generator is not None:
         _checks.fail(
             "generator cannot be given while torch traces (torch.compile, torch.export, fake tensors); got one. Pass "
@@ -62,29 +63,22 @@ def _traced(
         )
     if seed is None and mu.device.type not in OPAQUE:
         return reference.reparameterize_kl(mu, logvar, _drawn(mu, None), bounds)
-    drawn_seed = torch.randint(2**63 - 1, (1,), device=mu.device) if seed is None else _int64(seed)
+    drawn_seed = torch.randint(2**63 - 1, (1,), device=mu.device) if seed is None else seed
     return _registered.reparam_kl(mu, logvar, PhiloxNoise(drawn_seed, offset), bounds, with_kl=with_kl)
 
 
 def philox(shape: torch.Size, seed: int | Tensor, offset: int, dtype: torch.dtype, like: Tensor) -> Tensor:
     """The noise of seeded sampling itself, on the device of `like`."""
-    if torch.compiler.is_compiling() or _registered.is_watched(like):
-        return _registered.philox_normal(shape, _int64(seed), offset, dtype, like.device)
+    if _backend.is_traced() or _registered.is_watched(like):
+        return _registered.philox_normal(shape, seed, offset, dtype, like.device)
     room = _backend.room_of(like, "philox")
-    normals: Tensor = room.philox_normal(shape, _int64(seed), offset, dtype, like.device)
+    normals: Tensor = room.philox_normal(shape, seed, offset, dtype, like.device)
     return normals
-
-
-def _int64(seed: int | Tensor) -> int | Tensor:
-    """The int64 with the bits of seed mod 2^64."""
-    if isinstance(seed, Tensor) or -(2**63) <= seed < 2**63:  # arithmetic on a traced int would overflow
-        return seed
-    return (seed + 2**63) % 2**64 - 2**63
 
 
 def _philox_noise(mu: Tensor, generator: torch.Generator | None, seed: int | Tensor | None, offset: int) -> PhiloxNoise:
     if seed is not None:
-        return PhiloxNoise(_int64(seed), offset)
+        return PhiloxNoise(seed, offset)
     if generator is None:
         return PhiloxNoise(torch.empty(1, dtype=torch.int64, device=mu.device).random_(), 0)
     drawn = torch.empty(1, dtype=torch.int64, device=generator.device)

@@ -65,7 +65,6 @@ def latent_stats(mu: Tensor, logvar: Tensor, *, logvar_clamp: Clamp | None = Non
     """
     _checks.gaussian(mu, logvar)
     bounds = _checks.logvar_clamp(logvar_clamp)
-    compiling = torch.compiler.is_compiling()
-    room = fallback if compiling else _backend.room_of(mu, "latent_stats")
+    room = fallback if _backend.is_traced() else _backend.room_of(mu, "latent_stats")
     with torch.no_grad():
         return LatentStats(*room.latent_stats(readable(mu), readable(logvar), bounds, _ACTIVE_VARIANCE))

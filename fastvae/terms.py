@@ -1,13 +1,14 @@
 """The two terms of a loss as they were asked for."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import _checks, reference
-from ._options import Clamp, FloorOptions
+from . import _checks
+from ._dtypes import compute_dtype, in_dtype
+from ._options import Clamp, ErrorOptions, FloorOptions
 from .likelihoods import Gaussian, Likelihood, Scaled
 from .regularizers import Capacity, FreeBits
 
@@ -22,7 +23,9 @@ def normalizer(reduction: str, tensor: Tensor) -> float:
     """Factor on the sum of a term; NaN where torch's mean over nothing is."""
     if reduction == "sum" or reduction == "none":
         return 1.0
-    divisor = tensor.shape[0] if reduction == "batchmean" else tensor.numel()
+    divisor: Any = tensor.shape[0] if reduction == "batchmean" else tensor.numel()
+    if isinstance(divisor, Tensor):  # torch.jit.trace keeps sizes variable
+        divisor = divisor.double()
     return 1.0 / divisor if divisor else float("nan")
 
 
@@ -37,11 +40,30 @@ class Images(NamedTuple):
     mask: Tensor | None = None
     extra: Tensor | None = None
 
+    def in_dtype(self, dtype: torch.dtype) -> "Images":
+        """With what weighs samples in the dtype of arithmetic; without that of samples that the mask leaves out."""
+        weight, extra = (t if t is None else self.selected(t.to(dtype)) for t in (self.weight, self.extra))
+        return self._replace(weight=weight, extra=extra)
+
+    @property
+    def error(self) -> ErrorOptions:
+        """The likelihood's error with constants that its arithmetic can represent."""
+        name, *constants = self.likelihood.error
+        dtype = compute_dtype(self.recon, self.target)
+        return ErrorOptions(name, *(in_dtype(constant, dtype) for constant in constants))
+
+    def selected(self, values: Tensor) -> Tensor:
+        """Values of samples, [B], or one for all: 0 where the mask selects no element, whose gradient is 0 then."""
+        if self.mask is None:
+            return values
+        reached = self.mask.flatten(1).any(1) if self.mask.ndim > 1 else self.mask
+        return torch.where(reached if values.ndim else reached.any(), values, torch.zeros_like(values))
+
     @property
     def normalizer(self) -> float | Tensor:
         """Factor on the sum of the term."""
         if self.mask is not None and self.likelihood.mask_normalize:
-            return 1.0 / self.mask.sum().to(reference.compute_dtype(self.recon, self.target))
+            return 1.0 / self.mask.sum().to(compute_dtype(self.recon, self.target, self.weight))
         return normalizer(self.reduction, self.recon)
 
 
@@ -83,7 +105,8 @@ class Latents(NamedTuple):
         """Free bits that each element has by itself."""
         if self.free_bits is None or self.free_bits.mode in ("sample", "dim_batch"):
             return None
-        return FloorOptions(float(self.free_bits.nats), self.free_bits.mode)  # type: ignore[arg-type]
+        nats = in_dtype(self.free_bits.nats, compute_dtype(self.mu, self.logvar, *(self.prior or ())))
+        return FloorOptions(nats, self.free_bits.mode)  # type: ignore[arg-type]
 
     @property
     def weighs_samples(self) -> bool:
@@ -104,7 +127,7 @@ class Scale(NamedTuple):
     folded: float = 1.0  # factor that `by_element` holds
 
     @classmethod
-    def of(cls, images: Images) -> "Scale":
+    def of(cls, images: Images, dtype: torch.dtype) -> "Scale":
         likelihood, recon = images.likelihood, images.recon
         if not isinstance(likelihood, Gaussian | Scaled):
             return cls(likelihood.factor)
@@ -118,25 +141,39 @@ class Scale(NamedTuple):
             return cls(factor, share, constant=constant, optimal=True)
         if not isinstance(log_scale, Tensor):
             log_scale = likelihood.clipped(log_scale)
-            return cls(factor, share, share * math.exp(-log_scale), share * log_scale + constant)
+            return cls(factor, share, share * _exp(-log_scale), share * log_scale + constant)
+        _checks.same_device("the likelihood's scale", log_scale, "recon", recon)
         one_a_sample = (recon.shape[0], *[1] * (recon.ndim - 1))
         if log_scale.numel() == 1 or log_scale.shape in (one_a_sample[:1], one_a_sample):
-            _checks.same_device("the likelihood's scale", log_scale, "recon", recon)
-            log_scale = log_scale.to(reference.compute_dtype(recon, images.target, log_scale))
-            log_scale = likelihood.clipped(log_scale.reshape(() if log_scale.numel() == 1 else -1))
+            log_scale = log_scale.to(dtype).reshape(() if log_scale.numel() == 1 else -1)
+            log_scale = likelihood.clipped(images.selected(log_scale))
             return cls(factor, share, share * torch.exp(-log_scale), share * log_scale + constant)
-        if factor != 1 or images.extra is not None:  # more than the op acts on it: round once
-            log_scale = log_scale.to(reference.compute_dtype(log_scale))
-        log_scale = likelihood.clipped(log_scale)
-        if factor != 1:  # factor e exp(-s) + s = e exp(-t) + t + log(factor), t = s - log(factor)
-            log_scale = log_scale - math.log(factor)
-            constant += share * math.log(factor)
+        if factor != 1 or likelihood.softclip is not None or images.extra is not None:
+            log_scale = log_scale.to(compute_dtype(log_scale))  # more than the op acts on it: round once
         by_element = _checks.expanded("the likelihood's scale", log_scale, "recon", recon)
+        if likelihood.softclip is not None and images.mask is not None:
+            by_element = torch.where(images.mask, by_element, torch.zeros_like(by_element))
+        by_element = likelihood.clipped(by_element)
+        if factor != 1:  # factor e exp(-s) + s = e exp(-t) + t + log(factor), t = s - log(factor)
+            by_element = by_element - math.log(factor)
+            constant += share * math.log(factor)
         return cls(1.0, share, share, constant, by_element, folded=factor)
 
     def at_best(self, images: Images, errors: Tensor, count: Weight) -> "Scale":
-        """With the scale that makes the term smallest, log of the mean error."""
+        """With the scale that makes the term smallest, log of the mean error; the mean of nothing is 1."""
         assert isinstance(images.likelihood, Gaussian)
-        total = count.sum() if isinstance(count, Tensor) else count * errors.shape[0]
-        log_scale = images.likelihood.clipped(torch.log(self.factor * errors.sum() / total))
+        total = count.sum() if isinstance(count, Tensor) and count.ndim else count * errors.shape[0]
+        if isinstance(total, Tensor):
+            mean = errors.sum() / total.clamp(min=1)
+            mean = torch.where(total > 0, mean, torch.ones_like(mean))
+        else:
+            mean = errors.sum() / total if total else errors.new_ones(())
+        log_scale = images.likelihood.clipped(torch.log(self.factor * mean))
         return self._replace(shrink=self.share * torch.exp(-log_scale), constant=self.share * log_scale + self.constant)
+
+
+def _exp(x: float) -> float:
+    try:
+        return math.exp(x)
+    except OverflowError:
+        return math.inf

@@ -22,8 +22,8 @@ LAYERS = [
     {"ops", "terms"},
     {"likelihoods", "regularizers", "schedules", "parametrizations", "noise_state"},
     {"fallback", "fastvae_kernels", "_calls"},
-    {"reference", "_checks", "_backend", "_files"},
-    {"_options", "_strides"},
+    {"reference", "_checks", "_backend", "_files", "_seeds", "_modules"},
+    {"_options", "_strides", "_dtypes", "_numbers"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._dtypes import compute_dtype, in_dtype
 from .._options import ElboOptions, ElboTensors
-from ..reference import compute_dtype
 from .gaussian import kl_gradients, kl_terms, rows
 from .images import Coefficient, Images, sum_errors, write_gradients
 
@@ -84,6 +84,7 @@ def elbo_bwd(
     of_kl = _combine(dloss if options.floor is None else None, options.beta, dkl_term) * options.kl_scale
     of_floored = None if options.floor is None else _combine(dloss, options.beta, dfloored) * options.kl_scale
     if gradients.kl is not None:
+        of_kl = in_dtype(of_kl, gradients.kl.dtype)
         gradients.kl.copy_(of_kl) if isinstance(of_kl, Tensor) else gradients.kl.fill_(of_kl)
     if any(g is not None for g in gradients[3:7]):
         like = tensors.logvar if tensors.logvar is not None else tensors.mu
@@ -111,8 +112,9 @@ def _reduced(kl: Tensor, options: ElboOptions) -> Coefficient:
 
 
 def _result(term: Coefficient, like: Tensor, dtype: torch.dtype, options: ElboOptions) -> Tensor:
+    term = in_dtype(term, dtype)
     if isinstance(term, Tensor):
-        return term.to(dtype)
+        return term
     if options.per_sample:
         return like.new_full(like.shape[:1], term, dtype=dtype)
     return torch.scalar_tensor(term, dtype=dtype, device=like.device)

@@ -3,11 +3,8 @@
 import torch
 from torch import Tensor
 
+from .._dtypes import compute_dtype
 from .._options import Clamp, ElboOptions, ElboTensors, FloorOptions
-from ..reference import compute_dtype
-
-# torch makes a tensor of every number that it is given as a factor, and that takes longer than a small product
-HALF = torch.tensor(0.5)
 
 
 def clamped(logvar: Tensor, bounds: Clamp | None) -> Tensor:
@@ -45,7 +42,7 @@ def kl_per_sample(mu: Tensor, logvar: Tensor, expm1: Tensor) -> Tensor:
     arithmetic.
     """
     elements = torch.sub(expm1, logvar).addcmul_(mu, mu)
-    return sum_by_sample(elements).mul_(HALF)
+    return sum_by_sample(elements).mul_(0.5)
 
 
 def kl_terms(tensors: ElboTensors, options: ElboOptions, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -54,7 +51,7 @@ def kl_terms(tensors: ElboTensors, options: ElboOptions, dtype: torch.dtype) -> 
     expm1 = torch.expm1(logvar)
     if options.floor is None:
         return kl_per_sample(mu, logvar, expm1), None
-    elements = torch.sub(expm1, logvar).addcmul_(mu, mu).mul_(HALF)
+    elements = torch.sub(expm1, logvar).addcmul_(mu, mu).mul_(0.5)
     return sum_by_sample(elements), sum_by_sample(_raised(elements, options.floor))
 
 
@@ -76,7 +73,7 @@ def kl_gradients(
     mu, logvar, precision = _relative(tensors, options, dtype)
     expm1 = torch.expm1(logvar)
     if floored is not None and options.floor is not None:
-        elements = torch.sub(expm1, logvar).addcmul_(mu, mu).mul_(HALF)
+        elements = torch.sub(expm1, logvar).addcmul_(mu, mu).mul_(0.5)
         coefficient = coefficient + floored * _counts(elements, options.floor).to(dtype)
     slope = mu if precision is None else mu * precision
     if gradients.mu is not None:

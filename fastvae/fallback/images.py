@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._dtypes import compute_dtype
 from .._options import ErrorOptions
 from .._strides import is_dense
-from ..reference import compute_dtype
 from .gaussian import rows, sum_by_sample
 from .likelihoods import PAIRS
 from .pages import advise_large_pages

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from .._dtypes import compute_dtype
 from .._options import Clamp
-from ..reference import compute_dtype
 from .gaussian import clamped
 
 _PIECE = 1 << 18  # elements: what is made of a float32 piece fits the second-level cache

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._dtypes import compute_dtype
 from .._options import Clamp, Noise, PhiloxNoise
-from ..reference import compute_dtype
-from .gaussian import HALF, clamped, kl_per_sample, rows, zero_outside
+from .gaussian import clamped, kl_per_sample, rows, zero_outside
 from .philox import philox_normal
 
 
@@ -29,7 +29,7 @@ def reparam_kl_fwd(
     logvar = clamped(logvar.to(dtype), logvar_clamp)
     if isinstance(noise, PhiloxNoise):
         noise = philox_normal(mu.shape, noise.seed, noise.offset, dtype, mu.device)
-    spread = torch.mul(logvar, HALF).exp_().mul_(noise)
+    spread = torch.mul(logvar, 0.5).exp_().mul_(noise)
     torch.add(mu, spread, out=z)
     if not with_kl:
         return None, (spread,)
@@ -42,7 +42,7 @@ def saved_again(mu: Tensor, logvar: Tensor, noise: PhiloxNoise, logvar_clamp: Cl
     dtype = compute_dtype(mu, logvar)
     logvar = clamped(logvar.to(dtype), logvar_clamp)
     normals = philox_normal(mu.shape, noise.seed, noise.offset, dtype, mu.device)
-    return [torch.mul(logvar, HALF).exp_().mul_(normals), torch.expm1(logvar)]
+    return [torch.mul(logvar, 0.5).exp_().mul_(normals), torch.expm1(logvar)]
 
 
 def spread(mu: Tensor, logvar: Tensor, saved: list[Tensor], noise: Noise | None, logvar_clamp: Clamp | None) -> Tensor:
@@ -70,7 +70,7 @@ def reparam_kl_bwd(
         _combine(dz, None, dkl, mu.to(dtype), 1.0, dmu)
     if dlogvar is not None:
         spread, expm1 = saved[0], saved[1] if dkl is not None else None
-        _combine(dz, spread, None if dkl is None else dkl * HALF, expm1, 0.5, dlogvar)
+        _combine(dz, spread, None if dkl is None else dkl * 0.5, expm1, 0.5, dlogvar)
         zero_outside(dlogvar, logvar, logvar_clamp, dtype)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _backend, _checks, reference
+from .._dtypes import compute_dtype
 from ..distributions import DiagonalGaussian
 from ..functional import philox_normal
 from ..ops.reparam_kl import ReparamKLFunction, Site
@@ -189,7 +190,7 @@ def _philox(posterior: Posterior, generator: Generators, with_kl: bool) -> Sampl
     if isinstance(generator, list) and len(generator) > 1:
         if len(generator) != packed.shape[0]:
             _checks.fail(f"a list of generators must have one a sample, {packed.shape[0]}; got {len(generator)}.")
-        shape, dtype = (1, *gaussian.mean.shape[1:]), reference.compute_dtype(packed)
+        shape, dtype = (1, *gaussian.mean.shape[1:]), compute_dtype(packed)
         rows = [philox_normal(shape, seed=_seed(packed, one), dtype=dtype) for one in generator]
         return _with_noise(packed, torch.cat(rows), with_kl)
     seed = _seed(packed, generator[0] if isinstance(generator, list) else generator)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from .. import _backend
+from .._dtypes import compute_dtype
 from .._options import Clamp, ElboOptions, ElboTensors, ErrorOptions, FloorOptions, PhiloxNoise
-from ..reference import compute_dtype
 
 _LIBRARY = torch.library.Library("fastvae", "DEF")
 _READ = ", ".join(f"Tensor? {name}" for name in ElboTensors._fields)
