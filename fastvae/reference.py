@@ -62,10 +62,11 @@ def resample_kl(mu: Tensor, logvar: Tensor, spread: Tensor, bounds: Clamp | None
     The factor exp((logvar - its value) / 2) is 1 and has sigma's derivatives relative to sigma, without dividing by a
     sigma that may have vanished.
     """
-    dtype = compute_dtype(mu, logvar)
-    clamped = clamp(logvar.to(dtype), bounds)
-    z = mu.to(dtype) + spread * torch.exp(0.5 * (clamped - clamped.detach()))
-    return z.to(torch.promote_types(mu.dtype, logvar.dtype)), per_sample(gaussian_kl(mu, logvar, bounds))
+    dtype, stored = compute_dtype(mu, logvar), torch.promote_types(mu.dtype, logvar.dtype)
+    # converted once for both results, so that a 16-bit gradient is rounded once
+    mu, logvar = mu.to(dtype), clamp(logvar.to(dtype), bounds)
+    z = mu + spread * torch.exp(0.5 * (logvar - logvar.detach()))
+    return z.to(stored), per_sample(gaussian_kl(mu, logvar))
 
 
 def error(recon: Tensor, target: Tensor, options: ErrorOptions) -> Tensor:

@@ -563,3 +563,19 @@ def test_a_transform_is_right_or_refused(backend, name, transform, grad_mode):
 def per_row_truth(mu, logvar):
     """Each row draws the first normals of the seed's stream: to vmap it is alone."""
     return oracle.sample(mu, logvar, fastvae.philox_normal(mu.shape[1:], seed=1).expand_as(mu))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradients_of_both_results_are_rounded_once(backend, dtype):
+    """Also with create_graph=True, where each result has its own way to mu and logvar."""
+    generator = torch.Generator().manual_seed(1)
+    mu, logvar, dz = (torch.randn(7, 9, generator=generator).to(dtype) for _ in range(3))
+    inputs = mu.requires_grad_(), logvar.requires_grad_()
+    z, kl = fastvae.reparameterize_kl(*inputs, seed=1)
+    found = torch.autograd.grad((z, kl), inputs, (dz, torch.ones(7)), create_graph=True)
+    noise = fastvae.philox_normal((7, 9), seed=1).double()
+    sigma = (logvar.detach().double() / 2).exp()
+    by_mu = dz.double() + mu.detach().double()
+    by_logvar = dz.double() * sigma * noise / 2 + torch.expm1(logvar.detach().double()) / 2
+    for gradient, value in zip(found, (by_mu, by_logvar), strict=True):
+        oracle.assert_near(gradient, value, 1 + value.abs())
