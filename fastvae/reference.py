@@ -37,8 +37,9 @@ def gaussian_kl(
     dtype = compute_dtype(mu, logvar, prior_mu, prior_logvar)
     mu, logvar = mu.to(dtype), clamp(logvar.to(dtype), bounds)
     if prior_mu is not None and prior_logvar is not None:
-        mu = (mu - prior_mu.to(dtype)) * torch.exp(-0.5 * prior_logvar.to(dtype))
-        logvar = logvar - prior_logvar.to(dtype)
+        prior_logvar = prior_logvar.to(dtype)  # once, so that its gradient is rounded once
+        mu = (mu - prior_mu.to(dtype)) * torch.exp(-0.5 * prior_logvar)
+        logvar = logvar - prior_logvar
     return 0.5 * (mu.square() + (torch.expm1(logvar) - logvar))
 
 

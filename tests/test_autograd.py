@@ -579,3 +579,13 @@ def test_gradients_of_both_results_are_rounded_once(backend, dtype):
     by_logvar = dz.double() * sigma * noise / 2 + torch.expm1(logvar.detach().double()) / 2
     for gradient, value in zip(found, (by_mu, by_logvar), strict=True):
         oracle.assert_near(gradient, value, 1 + value.abs())
+
+
+def test_the_gradient_of_a_16_bit_prior_is_rounded_once(backend):
+    generator = torch.Generator().manual_seed(1)
+    posterior, prior = torch.randn(2, 2, 7, 9, generator=generator).to(torch.float16)
+    inputs = [t.clone().requires_grad_() for t in (*posterior, *prior)]
+    (found,) = torch.autograd.grad(fastvae.gaussian_kl(*inputs[:2], prior=inputs[2:]), inputs[-1], create_graph=True)
+    mu, logvar, mu_p, logvar_p = (t.detach().double() for t in inputs)
+    value = -(((mu - mu_p) ** 2 + logvar.exp()) / logvar_p.exp() - 1) / 14
+    oracle.assert_near(found, value, 1 + value.abs())
