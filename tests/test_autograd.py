@@ -372,6 +372,18 @@ def test_inplace_next_to_a_scale_of_each_element(backend):
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_gradient_of_a_16_bit_scale_next_to_float32_images_is_rounded_once(backend, dtype):
+    """What the forward pass wrote of it cannot be multiplied by 3."""
+    recon, target, _, _ = leaves()
+    scale = torch.rand(IMAGE).to(dtype).requires_grad_()
+    loss = fastvae.vae_loss(recon, target, kl=torch.zeros(4), likelihood=Gaussian(scale)).loss
+    (found,) = torch.autograd.grad(3 * loss, scale)
+    error = oracle.squared_error(recon.detach().double(), target)
+    value = 3 * 0.5 * (1 - error * (-scale.detach().double()).exp()) / 4
+    oracle.assert_near(found, value, 1 + value.abs())
+
+
 @pytest.mark.parametrize("create_graph", [False, True], ids=["plain", "create_graph"])
 def test_one_tensor_in_two_places(backend, create_graph):
     x = torch.randn(LATENT, dtype=F64, requires_grad=True)
