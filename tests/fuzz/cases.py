@@ -154,7 +154,7 @@ class Draw(random.Random):
             if self.often(0.3):
                 self.put(name, self.uniform((), 0.1, 2.0))
             elif self.often(0.7):
-                value = self.choice([0.0, 1e-8, 1e38]) if self.often(0.3) else self.number()
+                value = self.choice([0.0, 1e-8, 1e37]) if self.often(0.3) else self.number()
                 setattr(self.x, name, float(np.float32(value)) if self.case.numpy_numbers else value)
 
     def ways(self) -> None:
