@@ -33,8 +33,9 @@ def gaussian_kl(
     dtype = compute_dtype(mu, logvar, prior_mu, prior_logvar)
     mu, logvar = mu.to(dtype), clamp(logvar.to(dtype), bounds)
     if prior_mu is not None and prior_logvar is not None:
-        mu = (mu - prior_mu.to(dtype)) * torch.exp(-0.5 * prior_logvar.to(dtype))
-        logvar = logvar - prior_logvar.to(dtype)
+        prior_logvar = prior_logvar.to(dtype)  # once, so that its gradient is rounded once
+        mu = (mu - prior_mu.to(dtype)) * torch.exp(-0.5 * prior_logvar)
+        logvar = logvar - prior_logvar
     return 0.5 * (mu.square() + (torch.expm1(logvar) - logvar))
 
 
@@ -58,10 +59,11 @@ def resample_kl(mu: Tensor, logvar: Tensor, spread: Tensor, bounds: Clamp | None
     The factor exp((logvar - its value) / 2) is 1 and has sigma's derivatives relative to sigma, without dividing by a
     sigma that may have vanished.
     """
-    dtype = compute_dtype(mu, logvar)
-    clamped = clamp(logvar.to(dtype), bounds)
-    z = mu.to(dtype) + spread * torch.exp(0.5 * (clamped - clamped.detach()))
-    return z.to(torch.promote_types(mu.dtype, logvar.dtype)), per_sample(gaussian_kl(mu, logvar, bounds))
+    dtype, stored = compute_dtype(mu, logvar), torch.promote_types(mu.dtype, logvar.dtype)
+    # converted once for both results, so that a 16-bit gradient is rounded once
+    mu, logvar = mu.to(dtype), clamp(logvar.to(dtype), bounds)
+    z = mu + spread * torch.exp(0.5 * (logvar - logvar.detach()))
+    return z.to(stored), per_sample(gaussian_kl(mu, logvar))
 
 
 def error(recon: Tensor, target: Tensor, options: ErrorOptions) -> Tensor:

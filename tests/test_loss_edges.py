@@ -215,3 +215,11 @@ def test_other_upstream_gradients_of_a_weighed_loss(backend, dtype):
     torch.testing.assert_close(dweight.double(), difference.square().sum(1) * upstream.double())
     second = torch.autograd.grad(terms.loss, recon, upstream)[0]
     torch.testing.assert_close(second, drecon)
+
+
+def test_inplace_of_samples_without_elements(backend):
+    recon = torch.rand(2, 3, 0, 4, requires_grad=True)
+    terms = fastvae.vae_loss(recon.clone(), torch.rand(2, 3, 0, 4), kl=torch.ones(2), inplace=True)
+    (gradient,) = torch.autograd.grad(terms.loss, recon)
+    assert terms.loss == 1
+    assert gradient.shape == recon.shape
