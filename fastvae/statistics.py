@@ -10,7 +10,7 @@ from ._options import Clamp
 from ._strides import readable
 from .fallback import latent_stats as fallback  # a compiler cannot trace the choice of a room
 
-_ACTIVE_VARIANCE = 0.01
+ACTIVE_VARIANCE = 0.01  # of active units, here and where a training counts them
 
 
 class LatentStats(NamedTuple):
@@ -67,4 +67,4 @@ def latent_stats(mu: Tensor, logvar: Tensor, *, logvar_clamp: Clamp | None = Non
     bounds = _checks.logvar_clamp(logvar_clamp)
     room = fallback if _backend.is_traced() else _backend.room_of(mu, "latent_stats")
     with torch.no_grad():
-        return LatentStats(*room.latent_stats(readable(mu), readable(logvar), bounds, _ACTIVE_VARIANCE))
+        return LatentStats(*room.latent_stats(readable(mu), readable(logvar), bounds, ACTIVE_VARIANCE))

@@ -1,6 +1,7 @@
 """diffusers' posterior, computed by fastvae."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from math import prod
 from typing import Any, Literal, NamedTuple
@@ -114,7 +115,8 @@ def _lazy_attributes(init: Callable[..., None]) -> tuple[dict[str, Any], Callabl
 
     def read_all() -> None:
         for posterior in list(_made):
-            read(posterior)
+            with suppress(Exception):  # its tensor is none of moments, which diffusers would have said when it was made
+                read(posterior)
 
     return {"__init__": __init__, "__getattr__": __getattr__, "__getstate__": __getstate__}, read_all
 
