@@ -17,7 +17,7 @@ LAYERS = [
     {"cli"},
     {"training", "integrations"},
     {"models", "data", "loss", "distributions"},
-    {"functional", "statistics"},
+    {"functional", "statistics", "input_checks"},
     {"objective", "sampling", "presets"},
     {"ops", "terms"},
     {"likelihoods", "regularizers", "schedules", "parametrizations", "noise_state"},
