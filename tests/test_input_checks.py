@@ -57,7 +57,7 @@ def test_values_that_are_not_finite_are_counted_in_each_tensor():
         ("bernoulli", '"bernoulli_probs"'),
         (Bernoulli(), '"bernoulli_probs"'),
         (Scaled("bernoulli"), '"bernoulli_probs"'),
-        (L1(from_logits=True), "from_logits"),
+        (L1(from_logits=True), "leave out from_logits"),
         (Gaussian(from_logits=True), "from_logits"),
     ],
 )
@@ -69,13 +69,18 @@ def test_probabilities_passed_as_logits(likelihood, advice):
     assert advice in warning
 
 
+def test_the_range_is_that_of_finite_values():
+    recon, target = torch.tensor([[0.5, 2.0, math.nan]]), torch.tensor([[20.0, math.inf, 40.0]])
+    report = fastvae.check_inputs(recon, target, likelihood="bernoulli_probs")
+    assert "recon has 1 of 3 values outside of [0, 1], from 0.5 to 2," in str(report)
+    assert "target has 2 of 3 values outside of [0, 1], from 20 to 40," in str(report)
+
+
 def test_logits_passed_as_probabilities():
     report = fastvae.check_inputs(LOGITS, PROBABILITIES, likelihood="bernoulli_probs")
     assert report.out_of_range == {"recon": 2, "target": 0}
-    assert (
-        'from -3 to 2, but the likelihood takes probabilities. If they are logits, use likelihood="bernoulli"'
-        in str(report)
-    )
+    assert "from -3 to 2, but the likelihood takes probabilities" in str(report)
+    assert 'use likelihood="bernoulli"' in str(report)
 
 
 @pytest.mark.parametrize("likelihood", ["l2", "bernoulli", "bernoulli_probs", "huber", Gaussian("optimal")])
