@@ -84,7 +84,9 @@ def _dtype(images: Images, latents: Latents | None, *weights: Weight) -> torch.d
     given = [*weights, scale, images.recon, images.target, images.weight, images.extra]
     if latents is not None:
         capacity = None if latents.capacity is None else latents.capacity.nats
-        given += [latents.mu, latents.logvar, latents.kl, capacity, *(latents.prior or ())]
+        # next to a KL, mu only tells how many elements it has
+        given += [latents.mu, latents.logvar] if latents.kl is None else [latents.kl]
+        given += [capacity, *(latents.prior or ())]
     return compute_dtype(*given)
 
 
