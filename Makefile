@@ -9,9 +9,12 @@ STAMP := $(VENV)/.installed
 TORCH := $(if $(wildcard /proc/driver/nvidia/version /dev/nvidiactl /dev/dxg),,torch==2.13.0)
 TRAIN_ARGS ?=
 PART ?= all
+N ?= 10000
+SEED ?= 0
+BACKEND ?= torch
 
 .DEFAULT_GOAL := help
-.PHONY: help train test bench gpu kernels-report check format clean
+.PHONY: help train test fuzz bench gpu kernels-report check format clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -34,6 +37,9 @@ test: check ## everything that CI runs
 	TRITON_INTERPRET=1 $(PYTEST) -n auto -m "not gpu and not compiled"
 	TRITON_INTERPRET=0 $(PYTEST) -n auto -m compiled
 	$(PYTEST) benchmarks --benchmark-disable
+
+fuzz: $(STAMP) ## compare N random losses with a formula in float64 (SEED, BACKEND=triton or torch)
+	$(BIN)/python -m tests.fuzz --cases $(N) --seed $(SEED) --backend $(BACKEND)
 
 # a heap that keeps what is freed, where malloc is glibc's: else it is chance who of the peers gets fresh pages
 bench: $(STAMP) ## time fastvae against its peers on this machine

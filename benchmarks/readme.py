@@ -3,10 +3,11 @@
 `python -m benchmarks.readme benchmarks/results/cpu-*.json` prints it.
 """
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
+
+from fastvae._files import read_json_object
 
 from .peers import COMPILED, OURS, OURS_IN_PLACE
 from .report import Rows, duration, markdown
@@ -26,7 +27,7 @@ def rows(cases: dict[str, dict[str, Any]]) -> Rows:
 
 def table(recorded: Path) -> list[str]:
     """Lines of Markdown: where and when, then the figures."""
-    content = json.loads(recorded.read_text())
+    content = read_json_object(recorded)
     environment = content["environment"]
     keys = ("processor", "allocator", "clock")
     where = ", ".join([f"torch {environment['torch']}", *(environment[key] for key in keys if key in environment)])

@@ -1,8 +1,9 @@
 """What a run says: ratios best and worst alike, memory, and both in files that can be kept."""
 
-import json
 from pathlib import Path
 from typing import Any
+
+from fastvae._files import dump_json, null_non_finite
 
 from .comparison import OURS, Comparison
 from .measure import Ratio
@@ -77,7 +78,7 @@ def record(stem: Path, environment: dict[str, Any], comparisons: list[Comparison
     ):
         lines += ["", f"## {title}", "", *markdown(rows)]
     lines += ["", "## Best and worst", "", *(f"- {line}" for line in extremes(comparisons) + failures(comparisons))]
-    written = {f"{stem}.json": json.dumps(content, indent=1), f"{stem}.md": "\n".join(lines)}
+    written = {f"{stem}.json": dump_json(null_non_finite(content), indent=1), f"{stem}.md": "\n".join(lines)}
     for path, text in written.items():
         write_atomically(Path(path), text + "\n")
     return [Path(path) for path in written]

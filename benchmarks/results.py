@@ -1,11 +1,10 @@
 """Figures of a run on one GPU, one day, one commit: kept after every measurement, so that a run can be resumed."""
 
-import json
-import os
 import re
-import tempfile
 from pathlib import Path
 from typing import Any
+
+from fastvae._files import dump_json, null_non_finite, read_json_object, write_bytes
 
 Figures = dict[str, Any]
 
@@ -13,16 +12,7 @@ Figures = dict[str, Any]
 def write_atomically(path: Path, text: str) -> None:
     """The old file or the new one, never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_bytes(path, text.encode())
 
 
 class Results:
@@ -39,7 +29,7 @@ class Results:
         self.path = folder / f"{gpu}-{environment['date']}.json"
         self.content: dict[str, Any] = {"environment": environment, "parts": {}}
         if self.path.exists():
-            earlier = json.loads(self.path.read_text())
+            earlier = read_json_object(self.path)
             commit = earlier["environment"]["commit"]
             if commit != environment["commit"]:  # other code: its figures stay, under another name
                 self.path.replace(self.path.with_name(f"{self.path.stem}-{commit}.json"))
@@ -53,7 +43,7 @@ class Results:
     def record(self, part: str, case: str, figures: Figures) -> None:
         """Keep the figures; "failed" among them says what went wrong, and has the case tried again by a later run."""
         self.content["parts"].setdefault(part, {})[case] = figures
-        write_atomically(self.path, json.dumps(self.content, indent=1))
+        write_atomically(self.path, dump_json(null_non_finite(self.content), indent=1))
 
     def write_markdown(self) -> Path:
         """A table of each part beside the file; returns its path."""

@@ -15,6 +15,8 @@ from .functional import reconstruction_loss as reconstruction_loss
 from .functional import reparameterize as reparameterize
 from .functional import reparameterize_kl as reparameterize_kl
 from .functional import vae_loss as vae_loss
+from .input_checks import InputReport as InputReport
+from .input_checks import check_inputs as check_inputs
 from .loss import VAELoss as VAELoss
 from .noise_state import NoiseState as NoiseState
 from .statistics import LatentStats as LatentStats

@@ -99,6 +99,11 @@ def backend_of(tensor: Any) -> str:
     return "triton"
 
 
+def is_traced() -> bool:
+    """Whether torch.compile, torch.export or torch.jit.trace records what is computed: then plain formulas serve."""
+    return torch.compiler.is_compiling() or torch._C._is_tracing()
+
+
 @cache
 def load_backend(backend: str, op: str) -> ModuleType:
     """The module of a backend that computes `op`. Triton is imported here, at the first use of a kernel."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastvae_kernels.types import ElboNumbers, ElboOptions, ElboTensors
 
 from . import _checks, reference
+from ._dtypes import compute_dtype, in_dtype
 from .likelihoods import LikelihoodSpec
 from .ops._elbo_plan import LossSpec, resolve
 from .ops.elbo import elbo
@@ -30,8 +31,13 @@ def elbo_with_batch_terms(inputs: Sequence[Any], values: Sequence[Any], options_
     """As `elbo`."""
     tensors, numbers, spec = ElboTensors(*inputs), ElboNumbers(*values), LossSpec(*options_of_loss)
     _checks.loss_inputs(tensors, numbers, spec)
+    dtype = compute_dtype(*tensors[:8], *tensors[9:], *numbers)
     # copies, because a schedule may step them before the backward pass
-    numbers = ElboNumbers(*(n.clone() if isinstance(n, Tensor) else n for n in numbers))
+    numbers = ElboNumbers(
+        *(n if n is None else in_dtype(n.clone() if isinstance(n, Tensor) else n, dtype) for n in numbers)
+    )
+    if tensors.weight is not None:  # once for both terms, so that its gradient is rounded once
+        tensors = tensors._replace(weight=tensors.weight.to(dtype))
     options = resolve(spec, tensors)
     images = ElboTensors(*tensors[:4], mask=tensors.mask, weight=tensors.weight, extra=tensors.extra)
     latents = ElboTensors(None, None, None, None, *tensors[4:8], kl=tensors.kl, weight=tensors.weight)
@@ -46,7 +52,6 @@ def elbo_with_batch_terms(inputs: Sequence[Any], values: Sequence[Any], options_
         kl = regularized = torch.zeros_like(recon)
     else:
         regularized, _, kl = elbo(latents, ElboNumbers(capacity=numbers.capacity), spec._replace(likelihood=None))
-    dtype = torch.promote_types(recon.dtype, kl.dtype)
     loss = numbers.recon_weight * recon + numbers.beta * regularized
     return loss.to(dtype), recon.to(dtype), kl.to(dtype)
 
@@ -61,11 +66,16 @@ def _with_optimal_scale(images: ElboTensors, spec: LossSpec, options: ElboOption
     )
     errors = elbo(images._replace(weight=None, extra=None), ElboNumbers(), by_sample)[1]
     n: float | Tensor = float(math.prod(images.recon.shape[1:]))
-    total: float | Tensor = n * len(errors)
+    total: float | Tensor = n * errors.shape[0]
     if images.mask is not None:
         n = reference.per_sample(images.mask.to(errors.dtype))
         total = n.sum()
-    log_scale = torch.log(errors.sum() / total)
+    # the mean of nothing is 1
+    if isinstance(total, Tensor):
+        mean = torch.where(total > 0, errors.sum() / total.clamp(min=1), 1.0)
+    else:
+        mean = errors.sum() / total if total else errors.new_ones(())
+    log_scale = torch.log(mean)
     # errors hold the likelihood's factor already
     options = options._replace(error_weight=options.nll_weight)
     images = images._replace(sample_log_scale=log_scale)
@@ -78,8 +88,8 @@ def _with_mean_free_bits(latents: ElboTensors, numbers: ElboNumbers, options: El
     elements = reference.gaussian_kl(
         latents.mu, latents.logvar, options.logvar_clamp, latents.prior_mu, latents.prior_logvar
     )
-    batch = len(elements)
-    elements = elements.reshape(batch, -1)
+    batch = elements.shape[0]  # not len, which torch.jit.trace records as a constant
+    elements = elements.reshape(batch, math.prod(elements.shape[1:]))
     if latents.weight is not None:
         elements = elements * latents.weight.to(elements.dtype)[:, None]
     kl = elements.sum(0)

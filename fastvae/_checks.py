@@ -6,6 +6,7 @@ A tensor may be given as its `TensorMeta`. No check reads a tensor's values, so 
 import difflib
 import math
 from collections.abc import Iterable
+from numbers import Real
 from typing import Any, NoReturn
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from fastvae_kernels.types import Clamp, ElboNumbers, ElboOptions, ElboTensors, TensorMeta
 
+from . import _numbers
+from ._dtypes import compute_dtype, in_dtype
 from ._strides import is_dense
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -108,43 +111,26 @@ def images(recon: Any, target: Any) -> None:
     same_device("recon", recon, "target", target)
 
 
-def number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number; got {type(value).__name__}.")
-    return float(value)
-
-
-def positive(name: str, value: object) -> None:
-    if not 0 < number(name, value) < math.inf:
-        fail(f"{name} must be positive and finite; got {value!r}.")
-
-
-def not_negative(name: str, value: object) -> None:
-    if not 0 <= number(name, value) < math.inf:
-        fail(f"{name} must be 0 or more, and finite; got {value!r}.")
-
-
-def fraction(name: str, value: object) -> None:
-    if not 0 <= number(name, value) <= 1:
-        fail(f"{name} must be between 0 and 1; got {value!r}.")
-
-
-def log_scale(name: str, value: object, *, also: str | None = None) -> None:
-    """The log of a decoder's scale, as a likelihood is given it."""
+def log_scale(name: str, value: Any, *, also: str | None = None) -> Any:
+    """The log of a decoder's scale: a float, a tensor, or `also`."""
     if isinstance(value, str) and value == also:
-        return
+        return value
     if isinstance(value, Tensor):
         if value.dtype not in FLOATS:
             raise TypeError(f"{name} must be one of {_names(FLOATS)}; got {_names([value.dtype])}. Convert it.")
-    elif isinstance(value, str):
+        return value
+    if isinstance(value, str):
         fail(f"{name} must be a float{f', {also!r}' if also else ''} or a tensor; got {value!r}.")
-    elif math.isnan(number(name, value)):
+    if math.isnan(log_scale := _numbers.number(name, value)):
         fail(f"{name} must be a number; got {value!r}.")
+    return log_scale
 
 
 def expanded(name: str, tensor: Tensor, other: str, like: Tensor) -> Tensor:
     """`tensor` in the shape of `like`."""
     same_device(name, tensor, other, like)
+    if tensor.is_floating_point() and tensor.shape != like.shape:
+        tensor = tensor.to(compute_dtype(tensor))  # its gradient is a sum, which is rounded once
     try:
         return tensor.expand(like.shape)
     except RuntimeError:
@@ -247,7 +233,7 @@ def kl_given(
 
 
 def weight(name: str, value: Any) -> float | Tensor:
-    """beta, recon_weight, capacity: a float or a 0-dimensional tensor."""
+    """beta, recon_weight, capacity: a number of at least 0, as a float, or a 0-dimensional tensor."""
     if isinstance(value, Tensor):
         if value.ndim != 0 or not value.is_floating_point():
             fail(
@@ -255,9 +241,12 @@ def weight(name: str, value: Any) -> float | Tensor:
                 f"of shape {tuple(value.shape)}. Pass one value."
             )
         return value
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, int | float | Real)):
         raise TypeError(f"{name} must be a float or a 0-dimensional tensor; got {type(value).__name__}.")
-    return float(value)
+    number = _numbers.number(name, value)
+    if not number >= 0:
+        fail(f"{name} must be 0 or more; got {value!r}. To subtract a term, negate the result instead.")
+    return number
 
 
 def regularizers(free_bits: Any, free_bits_type: type, capacity: Any, capacity_type: type) -> None:
@@ -319,56 +308,19 @@ def one_pass_is_right(tensors: ElboTensors, numbers: ElboNumbers, options: ElboO
     return tensors.recon.dtype != torch.float16 and one_gradient and known
 
 
-def at_least_one(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        fail(f"{name} must be an int of at least 1; got {value!r}.")
-    return value
-
-
 def logvar_clamp(value: Any) -> Clamp | None:
     if value is None:
         return None
     try:
         low, high = (float(bound) for bound in value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         low = high = math.nan
+    low, high = in_dtype(low, torch.float32), in_dtype(high, torch.float32)  # no variance needs more
     if not low < high:
         raise ValueError(
             f"logvar_clamp must be None or (lo, hi) with lo < hi; got {value!r}. For example (-30.0, 20.0)."
         )
     return low, high
-
-
-def noise_source(like: Tensor, generator: torch.Generator | None, seed: object, offset: object) -> None:
-    if generator is not None and seed is not None:
-        raise ValueError(
-            "generator and seed exclude each other; got both. Pass the one that the noise shall come from."
-        )
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(
-            f"generator must be a torch.Generator; got {type(generator).__name__}. For a number, pass seed=."
-        )
-    if generator is not None and generator.device.type not in ("cpu", like.device.type):
-        raise ValueError(
-            f"generator must be on the CPU or on the inputs' device {like.device}; got one on {generator.device}. "
-            f"Make it with torch.Generator({str(like.device)!r})."
-        )
-    if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != like.device:
-            raise ValueError(
-                f"a seed tensor must hold one int64 on {like.device}; got {_names([seed.dtype])} of shape "
-                f"{tuple(seed.shape)} on {seed.device}. Pass an int, or move the tensor."
-            )
-    elif seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
-        raise TypeError(f"seed must be an int or a one-element int64 tensor; got {type(seed).__name__}.")
-    if isinstance(offset, bool) or not isinstance(offset, int | torch.SymInt):
-        raise TypeError(f"offset must be an int, counted in elements; got {type(offset).__name__}.")
-    if isinstance(offset, int) and not 0 <= offset < 2**62:
-        raise ValueError(
-            f"offset must lie in [0, 2^62); got {offset}. Count it in elements from the start of the whole batch."
-        )
-    if seed is None and isinstance(offset, int) and offset != 0:
-        raise ValueError(f"offset selects a part of a seeded stream; got offset={offset} without seed. Pass seed= too.")
 
 
 def fail(message: str) -> NoReturn:

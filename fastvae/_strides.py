@@ -10,6 +10,8 @@ _MAX_DIMS = 5  # that kernels read in place, whatever their strides
 
 def is_dense(tensor: Any) -> bool:
     """Whether the elements of a tensor (or of a `TensorMeta`) fill one stretch of memory, each place once."""
+    if 0 in tensor.shape:
+        return True
     strides = tensor.stride() if isinstance(tensor, Tensor) else tensor.strides
     expected = 1
     for stride, size in sorted(zip(strides, tensor.shape, strict=True)):

@@ -8,6 +8,7 @@ from torch import Tensor
 from fastvae_kernels.types import Clamp
 
 from . import _checks, functional, reference, sampling
+from ._dtypes import compute_dtype
 
 
 class DiagonalGaussian:
@@ -108,7 +109,7 @@ class DiagonalGaussian:
             ValueError: shapes or devices differ.
         """
         if self.deterministic:
-            dtype = reference.compute_dtype(self.mean, self._logvar)
+            dtype = compute_dtype(self.mean, self._logvar)
             return self.mean.new_zeros(self.mean.shape[0], dtype=dtype)
         if other is None:
             return functional.gaussian_kl(self.mean, self._logvar, reduction="none", logvar_clamp=self._clamp)
@@ -127,7 +128,7 @@ class DiagonalGaussian:
         if self.deterministic:
             return self.kl()
         _checks.same_shape("sample", sample, "the mean", self.mean)
-        dtype = reference.compute_dtype(self.mean, self._logvar, sample)
+        dtype = compute_dtype(self.mean, self._logvar, sample)
         logvar = self.logvar.to(dtype)
         distance = (sample.to(dtype) - self.mean.to(dtype)).square() * torch.exp(-logvar)
         return reference.per_sample(0.5 * (1.8378770664093453 + logvar + distance))  # log(2 pi)

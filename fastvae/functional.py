@@ -1,7 +1,7 @@
 """The public functions."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +10,8 @@ from fastvae_kernels.types import Clamp, ElboNumbers, ElboTensors
 
 from . import _checks
 from ._batch_terms import elbo_with_batch_terms, needs_batch_terms
+from ._numbers import is_integer
+from ._seeds import noise_source
 from .likelihoods import SPECS, Likelihood, LikelihoodSpec, resolve_likelihood
 from .ops._elbo_plan import LossSpec
 from .ops.elbo import elbo
@@ -147,9 +149,9 @@ def reconstruction_loss(
         ValueError: shapes or devices differ; unknown likelihood or reduction; mask_normalize without a normaliser.
         TypeError: not a floating point tensor (or uint8, for `target`); a mask that is not bool.
     """
-    likelihood_spec, log_scale, sample_log_scale, extra, extra_map = resolve_likelihood(likelihood, recon, extra)
     if mask is not None:
         mask = _checks.mask(mask, recon)
+    likelihood_spec, log_scale, sample_log_scale, extra, extra_map = resolve_likelihood(likelihood, recon, extra, mask)
     images = ElboTensors(recon, target, log_scale, extra_map, mask=mask)
     tensors = images._replace(weight=weight, extra=extra, sample_log_scale=sample_log_scale)
     spec = LossSpec(likelihood_spec, _checks.reduction(reduction), reduction, one_pass=True)
@@ -253,11 +255,11 @@ def vae_loss(
     if type(likelihood) is str and likelihood in SPECS:
         spec_of_likelihood = likelihood
     else:
-        resolved = resolve_likelihood(likelihood, recon, extra)
+        resolved = resolve_likelihood(likelihood, recon, extra, mask)
         spec_of_likelihood, log_scale, sample_log_scale, extra, extra_map = resolved
-    if type(beta) is not float:
+    if type(beta) is not float or not beta >= 0:
         beta = _checks.weight("beta", beta)
-    if type(recon_weight) is not float:
+    if type(recon_weight) is not float or not recon_weight >= 0:
         recon_weight = _checks.weight("recon_weight", recon_weight)
     if logvar_clamp is not None:
         logvar_clamp = _checks.logvar_clamp(logvar_clamp)
@@ -302,6 +304,8 @@ def philox_normal(
         device = seed.device
     like = torch.empty(0, dtype=dtype, device=device)
     _checks.float_tensor("the noise", like)
-    _checks.noise_source(like, None, seed, offset)
-    size = torch.Size([shape] if isinstance(shape, int) else shape)
-    return philox(size, seed, offset, dtype, like)
+    checked, offset = noise_source(like, None, seed, offset)
+    assert checked is not None
+    sizes: Any = [shape] if is_integer(shape) else shape
+    size = torch.Size([int(side) for side in sizes])
+    return philox(size, checked, offset, dtype, like)

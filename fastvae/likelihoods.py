@@ -4,15 +4,17 @@ e is the error of one element, x' the reconstruction, x the target; a loss adds 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastvae_kernels.types import ErrorOptions
 
-from . import _checks
+from . import _checks, _numbers
+from ._modules import KeepsPrecision
 from .reference import BYTE_SCALE, compute_dtype, soft_lower_bound
 
 
@@ -42,6 +44,14 @@ class Elementwise:
     target_scale: float = BYTE_SCALE
     target_shift: float = 0.0
     mask_normalize: bool = False
+
+    def __post_init__(self) -> None:
+        self._hold(_numbers.finite, "target_scale", "target_shift")
+
+    def _hold(self, check: Callable[[str, object], float], *names: str) -> None:
+        """Replace fields by what a check makes of them."""
+        for name in names:
+            object.__setattr__(self, name, check(name, getattr(self, name)))
 
     @property
     def error(self) -> ErrorOptions:
@@ -105,11 +115,12 @@ class Huber(Elementwise):
     _pair = "huber"
 
     def __post_init__(self) -> None:
-        _checks.positive("delta", self.delta)
+        super().__post_init__()
+        self._hold(_numbers.positive, "delta")
 
     @property
     def _parameter(self) -> float:
-        return float(self.delta)
+        return self.delta
 
 
 @dataclass(frozen=True)
@@ -123,8 +134,8 @@ class SmoothL1(Elementwise):
     beta: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.beta != 0:
-            _checks.positive("beta", self.beta)
+        super().__post_init__()
+        self._hold(_numbers.number if self.beta == 0 else _numbers.positive, "beta")
 
     @property
     def _pair(self) -> str:
@@ -132,7 +143,7 @@ class SmoothL1(Elementwise):
 
     @property
     def _parameter(self) -> float:
-        return float(self.beta)
+        return self.beta
 
     @property
     def factor(self) -> float:
@@ -153,11 +164,12 @@ class LogCosh(Elementwise):
     _pair = "log_cosh"
 
     def __post_init__(self) -> None:
-        _checks.positive("alpha", self.alpha)
+        super().__post_init__()
+        self._hold(_numbers.positive, "alpha")
 
     @property
     def _parameter(self) -> float:
-        return float(self.alpha)
+        return self.alpha
 
     @property
     def factor(self) -> float:
@@ -182,7 +194,7 @@ class BernoulliProbs(Elementwise):
     _pair = "bernoulli_probs"
 
 
-class _WithScale(nn.Module):
+class _WithScale(KeepsPrecision):
     """nll_weight * (e exp(-s) + s) + constant for each element, s the log of the scale."""
 
     log_scale: float | Tensor | Literal["optimal"]
@@ -256,10 +268,9 @@ class Gaussian(_WithScale):
         mask_normalize: bool = False,
     ) -> None:
         base = L2(from_logits, target_scale=target_scale, target_shift=target_shift, mask_normalize=mask_normalize)
-        _checks.log_scale("logvar", logvar, also="optimal")
-        super().__init__(base, logvar, nll_weight=0.5)
+        super().__init__(base, _checks.log_scale("logvar", logvar, also="optimal"), nll_weight=0.5)
         self.constant = 0.5 * math.log(2 * math.pi) if full else 0.0
-        self.softclip = softclip
+        self.softclip = None if softclip is None else _numbers.finite("softclip", softclip)
 
     def extra_repr(self) -> str:
         return f"logvar={_shown(self.log_scale)}, full={self.constant != 0}, softclip={self.softclip}"
@@ -285,8 +296,7 @@ class Scaled(_WithScale):
                 f"base must be a name or an elementwise likelihood; got {type(base).__name__}. Scaled adds a scale to "
                 "it itself."
             )
-        _checks.log_scale("log_scale", log_scale)
-        super().__init__(resolved, log_scale, nll_weight=1.0)
+        super().__init__(resolved, _checks.log_scale("log_scale", log_scale), nll_weight=1.0)
 
     def extra_repr(self) -> str:
         return f"base={self.base}, log_scale={_shown(self.log_scale)}"
@@ -319,7 +329,9 @@ class Resolved(NamedTuple):
     extra_map: Tensor | None = None  # in the shape of recon
 
 
-def resolve_likelihood(likelihood: str | Likelihood, recon: Tensor, extra: Tensor | None = None) -> Resolved:
+def resolve_likelihood(
+    likelihood: str | Likelihood, recon: Tensor, extra: Tensor | None = None, mask: Tensor | None = None
+) -> Resolved:
     """What a loss is given of a likelihood.
 
     Raises:
@@ -337,17 +349,19 @@ def resolve_likelihood(likelihood: str | Likelihood, recon: Tensor, extra: Tenso
         return Resolved(spec, None, log_scale.reshape(() if log_scale.numel() == 1 else -1), extra)
     if spec.factor != 1 or spec.softclip is not None:  # more than the op acts on it: round once
         log_scale = log_scale.to(compute_dtype(log_scale))
+    log_scale = _checks.expanded("the likelihood's scale", log_scale, "recon", recon)
+    if spec.softclip is not None and mask is not None:
+        log_scale = torch.where(mask, log_scale, torch.zeros_like(log_scale))
     log_scale = soft_lower_bound(log_scale, spec.softclip)
     factor = spec.factor
     if factor != 1:  # factor e exp(-s) + s = e exp(-t) + t + log(factor), t = s - log(factor)
         log_scale = log_scale - math.log(factor)
         constant = spec.constant + spec.nll_weight * math.log(factor)
         spec = spec._replace(factor=1.0, constant=constant)
-    log_scale = _checks.expanded("the likelihood's scale", log_scale, "recon", recon)
     extra_map = None
     if extra is not None:  # divided by a scale that each element has, which holds the factor
         _checks.per_sample("extra", extra, recon)
-        extra_map = extra if factor == 1 else extra / factor
+        extra_map = extra.to(compute_dtype(extra)) / factor
         extra_map = extra_map.reshape(-1, *[1] * (recon.ndim - 1)).expand(recon.shape)
     return Resolved(spec, log_scale, None, None, extra_map)
 

@@ -1,12 +1,16 @@
 """The loss as a module: one line changed in existing training code."""
 
-from typing import Any, Self
+import inspect
+from typing import Any, NoReturn, Self
 
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from fastvae_kernels.types import Clamp
 
-from . import _checks, likelihoods
+from . import _checks, _numbers, likelihoods
+from ._dtypes import compute_dtype, in_dtype
+from ._modules import KeepsPrecision
 from .functional import Prior, VAELossTerms, vae_loss
 from .likelihoods import Likelihood
 from .presets import preset_options
@@ -14,14 +18,15 @@ from .regularizers import Capacity, FreeBits
 from .schedules import Schedule
 
 
-class VAELoss(nn.Module):
+class VAELoss(KeepsPrecision):
     """The loss of a variational autoencoder, `recon_weight * recon + beta * kl`; `vae_loss` with its options held.
 
     With no argument it is the textbook VAE: summed squared error plus KL, in nats per sample, mean over the batch.
 
     Args:
-        beta: Weight of the KL term: a float, a 0-d tensor (kept as a buffer, so it moves with the module and is saved)
-            or a schedule of `fastvae.schedules` (a submodule; call its `step()` after each training step).
+        beta: Weight of the KL term: a number of at least 0, a 0-d tensor (kept as a buffer, so it moves with the module
+            and is saved; a cast of the module to 16 bits leaves its dtype) or a schedule of `fastvae.schedules` (a
+            submodule; call its `step()` after each training step).
         likelihood: A name or an object of `fastvae.likelihoods`; a learned scale is a parameter of the loss, so hand
             `loss.parameters()` to the optimizer.
         reduction: "batchmean", "sum", "mean" or "none".
@@ -32,8 +37,12 @@ class VAELoss(nn.Module):
             within the forward pass, so the upstream gradient stays 1. A last micro-batch of b samples instead of B
             weighs as much as the others; `weight=torch.full([b], b / B)` makes each sample weigh the same.
 
+    torch.compile and torch.jit.trace record the plain formula, the latter for any batch size; in a graph of torch.fx a
+    call is one node.
+
     Raises:
         ValueError, TypeError: an option without meaning, at construction; inputs that do not fit, at the call.
+        RuntimeError: torch.jit.script, which cannot compile it.
 
     Example:
         >>> criterion = fastvae.VAELoss(beta=1.0)
@@ -79,7 +88,7 @@ class VAELoss(nn.Module):
         self._capacity_mode = None if capacity is None else capacity.mode
         if capacity is not None:
             self._hold("capacity_nats", capacity.nats)
-        self.accumulate = _checks.at_least_one("accumulate", accumulate)
+        self.accumulate = _numbers.integer("accumulate", accumulate, least=1)
         self.one_pass = one_pass
         self.inplace = inplace
 
@@ -102,12 +111,14 @@ class VAELoss(nn.Module):
 
     def _hold(self, name: str, value: float | Tensor | Schedule) -> None:
         """As a buffer or a submodule where it has a device."""
+        if isinstance(value, Schedule):
+            _checks.weight(f"{name}'s smallest value", min(value.start, value.end))
+        else:
+            _checks.weight(name, value)
         if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
             self.register_buffer(name, value)
         else:
-            setattr(self, name, value)
-        number = _value(value)
-        _checks.weight(name, number)
+            setattr(self, name, value if isinstance(value, nn.Module | Tensor) else float(value))
 
     def forward(
         self,
@@ -127,18 +138,26 @@ class VAELoss(nn.Module):
 
         `beta` overrides the module's for this call.
         """
+        first: Any = recon
+        if isinstance(first, Proxy):  # torch.fx records a call as one node, like that of a module of torch.nn
+            given = {"kl": kl, "beta": beta, "prior": prior, "weight": weight, "mask": mask, "extra": extra}
+            tracer: Any = first.tracer
+            node: Tensor = tracer.create_proxy(
+                "call_module", tracer.path_of_module(self), (recon, target, mu, logvar), given
+            )
+            return node
         terms = vae_loss(
             recon,
             target,
             mu,
             logvar,
             kl=kl,
-            beta=_divided(_value(self.beta) if beta is None else beta, self.accumulate),
+            beta=_divided("beta", _value(self.beta) if beta is None else beta, self.accumulate),
             likelihood=self.likelihood,
             reduction=self.reduction,
             recon_reduction=self.recon_reduction,
             kl_reduction=self.kl_reduction,
-            recon_weight=_divided(self.recon_weight, self.accumulate),
+            recon_weight=_divided("recon_weight", self.recon_weight, self.accumulate),
             logvar_clamp=self.logvar_clamp,
             free_bits=self.free_bits,
             capacity=self.capacity,
@@ -151,14 +170,29 @@ class VAELoss(nn.Module):
         )
         return terms if self.return_terms else terms.loss
 
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise RuntimeError(
+            "torch.jit.script cannot compile a VAELoss, whose options decide in Python what is computed. Use "
+            "torch.compile or torch.jit.trace, or leave the loss out of the module that is scripted."
+        )
+
     def extra_repr(self) -> str:
-        shown = {"beta": self.beta, "likelihood": self.likelihood, "reduction": self.reduction}
-        return ", ".join(f"{name}={value!r}" for name, value in shown.items() if not isinstance(value, nn.Module))
+        always = ("beta", "likelihood", "reduction")
+        options = inspect.signature(type(self).__init__).parameters.values()
+        shown = [(option.name, getattr(self, option.name), option.default) for option in list(options)[1:]]
+        return ", ".join(
+            f"{name}={value!r}"
+            for name, value, default in shown
+            if not isinstance(value, nn.Module) and (name in always or (value is not default and value != default))
+        )
 
 
 def _value(number: float | Tensor | Schedule) -> float | Tensor:
     return number.value if isinstance(number, Schedule) else number
 
 
-def _divided(weight: float | Tensor, by: int) -> float | Tensor:
-    return weight if by == 1 else weight / by
+def _divided(name: str, weight: float | Tensor, by: int) -> float | Tensor:
+    if by == 1:
+        return weight
+    weight = _checks.weight(name, weight)
+    return in_dtype(weight, compute_dtype(weight)) / by

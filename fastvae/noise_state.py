@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _checks
+from ._numbers import integer, is_integer
+from ._seeds import int64
 
 # of SplitMix64: the increment of its state, and the shifts and multipliers that mix it
 _INCREMENT = 0x9E3779B97F4A7C15
@@ -55,11 +56,12 @@ class NoiseState(nn.Module):
 
     def __init__(self, seed: int, step: int = 0) -> None:
         super().__init__()
-        if isinstance(seed, bool) or not isinstance(seed, int):
+        if not is_integer(seed):
             raise TypeError(f"seed must be an int; got {type(seed).__name__}. For a tensor, pass its item().")
-        if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 2**63:
-            _checks.fail(f"step must be an int of at least 0; got {step!r}.")
-        self.register_buffer("base", torch.tensor(_int64(seed)))
+        step = integer("step", step, least=0)
+        if step >= 2**63:
+            raise ValueError(f"step must fit into int64; got {step}.")
+        self.register_buffer("base", torch.tensor(int64(seed)))
         self.register_buffer("step", torch.tensor(step))
         self.register_buffer("seed", torch.zeros((), dtype=torch.int64), persistent=False)
         self.register_load_state_dict_post_hook(_refresh)  # type: ignore[no-untyped-call]
@@ -79,17 +81,12 @@ def _refresh(state: nn.Module, _: Any = None) -> None:
 
 def _splitmix64(base: Tensor, step: Tensor) -> Tensor:
     """uint64 arithmetic in int64, which wraps around alike."""
-    x = base + (step + 1) * _int64(_INCREMENT)
+    x = base + (step + 1) * int64(_INCREMENT)
     for shift, multiplier in _MIXING:
-        x = (x ^ _shifted(x, shift)) * _int64(multiplier)
+        x = (x ^ _shifted(x, shift)) * int64(multiplier)
     return x ^ _shifted(x, _LAST_SHIFT)
 
 
 def _shifted(x: Tensor, by: int) -> Tensor:
     """x >> by with zeros from the left, where int64 repeats the sign."""
     return (x >> by) & ((1 << (64 - by)) - 1)
-
-
-def _int64(number: int) -> int:
-    """The int64 with the bits of number mod 2^64."""
-    return (number + 2**63) % 2**64 - 2**63

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import _checks, reference
+from . import _checks, _numbers
+from ._dtypes import compute_dtype
 
 SMALLEST_EPS = 1e-12
 
@@ -69,7 +70,7 @@ def logvar_from_softplus(raw: Tensor, eps: float = 0.0) -> Tensor:
     Source: AutoencoderOobleck of diffusers.
     """
     _checks.float_tensor("raw", raw)
-    _checks.not_negative("eps", eps)
+    eps = _numbers.not_negative("eps", eps)
     if 0 < eps < SMALLEST_EPS:
         _checks.fail(f"eps must be 0 or at least {SMALLEST_EPS}; got {eps!r}. With 0 no logvar is infinite either.")
     x = _wide(raw)
@@ -96,7 +97,7 @@ def soft_clamp(x: Tensor, limit: float) -> Tensor:
     Source: Vahdat & Kautz, NVAE, arXiv:2007.03898, the code.
     """
     _checks.float_tensor("x", x)
-    _checks.positive("limit", limit)
+    limit = _numbers.positive("limit", limit)
     return (limit * torch.tanh(_wide(x) / limit)).to(x.dtype)
 
 
@@ -125,4 +126,4 @@ def _log(x: Tensor) -> Tensor:
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(reference.compute_dtype(tensor))
+    return tensor.to(compute_dtype(tensor))

@@ -5,6 +5,7 @@ Shares no code with the kernels or the fallback. Arithmetic is float32 (float64 
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,8 @@ from fastvae_kernels.types import (
     needs_sample_terms,
 )
 from fastvae_kernels.types import compute_dtype as compute_dtype
+
+from ._dtypes import in_dtype
 
 BYTE_SCALE = 1 / 255  # a uint8 target stands for the values 0, 1/255, ..., 1
 Terms = tuple[Tensor, Tensor, Tensor]  # loss, recon, kl
@@ -43,8 +46,9 @@ def gaussian_kl(
     dtype = compute_dtype(mu, logvar, prior_mu, prior_logvar)
     mu, logvar = mu.to(dtype), clamp(logvar.to(dtype), bounds)
     if prior_mu is not None and prior_logvar is not None:
-        mu = (mu - prior_mu.to(dtype)) * torch.exp(-0.5 * prior_logvar.to(dtype))
-        logvar = logvar - prior_logvar.to(dtype)
+        prior_logvar = prior_logvar.to(dtype)  # once, so that its gradient is rounded once
+        mu = (mu - prior_mu.to(dtype)) * torch.exp(-0.5 * prior_logvar)
+        logvar = logvar - prior_logvar
     return 0.5 * (mu.square() + (torch.expm1(logvar) - logvar))
 
 
@@ -68,10 +72,11 @@ def resample_kl(mu: Tensor, logvar: Tensor, scaled_noise: Tensor, bounds: Clamp 
     The factor exp((logvar - its value) / 2) is 1 and has sigma's derivatives relative to sigma, without dividing by a
     sigma that may have vanished.
     """
-    dtype = compute_dtype(mu, logvar)
-    clamped = clamp(logvar.to(dtype), bounds)
-    z = mu.to(dtype) + scaled_noise * torch.exp(0.5 * (clamped - clamped.detach()))
-    return z.to(torch.promote_types(mu.dtype, logvar.dtype)), per_sample(gaussian_kl(mu, logvar, bounds))
+    dtype, stored = compute_dtype(mu, logvar), torch.promote_types(mu.dtype, logvar.dtype)
+    # converted once for both results, so that a 16-bit gradient is rounded once
+    mu, logvar = mu.to(dtype), clamp(logvar.to(dtype), bounds)
+    z = mu + scaled_noise * torch.exp(0.5 * (logvar - logvar.detach()))
+    return z.to(stored), per_sample(gaussian_kl(mu, logvar))
 
 
 def error(recon: Tensor, target: Tensor, options: ErrorOptions) -> Tensor:
@@ -169,18 +174,24 @@ def combine(
         kl, regularized: Sum of the KL, and the same under free bits of each element (None if there are none).
         tensors, numbers, options: As in `elbo`, of which only what acts on samples is read.
     """
-    dtype = compute_dtype(*(t for t in (errors, kl, *tensors[:8], *tensors[9:], *numbers) if isinstance(t, Tensor)))
-    beta, recon_weight, capacity = numbers
+    dtype = compute_dtype(errors, kl, *tensors[:8], *tensors[9:], *numbers)
+    beta, recon_weight = in_dtype(numbers.beta, dtype), in_dtype(numbers.recon_weight, dtype)
+    capacity = 0.0 if numbers.capacity is None else in_dtype(numbers.capacity, dtype)
     if errors is None and kl is None:
         raise ValueError("a loss needs errors or a KL")
     zero = torch.zeros_like(errors if kl is None else kl, dtype=dtype)  # type: ignore[arg-type]
+    zero = zero if options.per_sample else zero.sum()
+    # once for both terms, so that its gradient is rounded once
+    weight = None if tensors.weight is None else tensors.weight.to(dtype)
 
     def weighed(term: Tensor) -> Tensor:
-        return term if tensors.weight is None else term * tensors.weight.to(dtype)
+        return term if weight is None else term * weight
 
     recon = zero
     if errors is not None:
-        recon = weighed(_reconstruction(errors.to(dtype), n_selected, tensors, options))
+        recon = _reconstruction(errors.to(dtype), n_selected, tensors, options)
+        if weight is not None:
+            recon = recon * _of_selected(weight, n_selected, tensors)
         if not options.per_sample:
             recon = recon.sum() * _normalizer(n_selected, options)
 
@@ -193,13 +204,13 @@ def combine(
         if options.capacity_mode == "sample":
             regularized_term = (regularized_term - capacity).abs()
         term, regularized_term = _both(weighed, term, regularized_term)
-    if not options.per_sample:
+    if kl is not None and not options.per_sample:
         term, regularized_term = _both(lambda t: t.sum() * options.kl_normalizer, term, regularized_term)
-        if options.capacity_mode == "batch" and kl is not None:
+        if options.capacity_mode == "batch":
             n_samples = (tensors.mu if tensors.kl is None else tensors.kl).shape[0]
             regularized_term = (regularized_term - capacity * (options.kl_normalizer * n_samples)).abs()
     loss = recon_weight * recon + beta * regularized_term
-    return loss.to(dtype), recon, term
+    return loss.to(dtype), recon.to(dtype), term.to(dtype)
 
 
 def _both(function: Callable[[Tensor], Tensor], a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -210,24 +221,27 @@ def _both(function: Callable[[Tensor], Tensor], a: Tensor, b: Tensor) -> tuple[T
 
 def _reconstruction(errors: Tensor, n_selected: float | Tensor, tensors: ElboTensors, options: ElboOptions) -> Tensor:
     """Of each sample, before its weight."""
-
-    def selected(per_sample: Tensor) -> Tensor:
-        """A sample without selected elements has no term, whatever its scale and extra error hold."""
-        if not isinstance(n_selected, Tensor):
-            return per_sample
-        return torch.where(n_selected == 0, torch.zeros_like(per_sample), per_sample)
-
     scaled = options.error_weight * errors
     if tensors.extra is not None:
-        scaled = scaled + options.extra_weight * n_selected * selected(tensors.extra.to(errors.dtype))
+        scaled = scaled + options.extra_weight * n_selected * _of_selected(
+            tensors.extra.to(errors.dtype), n_selected, tensors
+        )
     per_element: float | Tensor = options.constant
     if tensors.sample_log_scale is not None:
-        log_scale = soft_lower_bound(selected(tensors.sample_log_scale.to(errors.dtype)), options.softclip)
+        log_scale = _of_selected(tensors.sample_log_scale.to(errors.dtype), n_selected, tensors)
+        log_scale = soft_lower_bound(log_scale, options.softclip)
         scaled = scaled * torch.exp(-log_scale)
         per_element = options.nll_weight * log_scale + options.constant
     if isinstance(per_element, Tensor) or per_element != 0:
         scaled = scaled + n_selected * per_element
     return scaled
+
+
+def _of_selected(per_sample: Tensor, n_selected: Any, tensors: ElboTensors) -> Tensor:
+    """0 for samples without selected elements: these have no term, whatever their scale, extra error, weight hold."""
+    if tensors.mask is None:
+        return per_sample
+    return torch.where(n_selected == 0, torch.zeros_like(per_sample), per_sample)
 
 
 def soft_lower_bound(log_scale: Tensor, softclip: float | None) -> Tensor:
@@ -242,4 +256,5 @@ def _normalizer(n_selected: float | Tensor, options: ElboOptions) -> float | Ten
         return options.recon_normalizer
     assert isinstance(n_selected, Tensor)  # there is a mask
     n = n_selected.sum()
-    return torch.where(n == 0, 0.0, 1.0 / torch.where(n == 0, 1.0, n))
+    # nothing selected: a term of 0, or of NaN where there is nothing to select from
+    return torch.where(n == 0, 0.0 * options.recon_normalizer, 1.0 / torch.where(n == 0, 1.0, n))

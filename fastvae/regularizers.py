@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from . import _checks
+from . import _checks, _numbers
 
 FREE_BITS_MODES = ("dim", "dim_batch", "dim_mask", "sample")
 CAPACITY_MODES = ("sample", "batch")
@@ -44,7 +44,7 @@ class FreeBits:
 
     def __post_init__(self) -> None:
         _checks.choice("mode", self.mode, FREE_BITS_MODES)
-        _checks.not_negative("nats", self.nats)
+        object.__setattr__(self, "nats", _numbers.not_negative("nats", self.nats))
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Capacity:
         mode: As above.
 
     Raises:
-        ValueError: unknown mode.
+        ValueError: nats is a number below 0 or not finite; unknown mode.
 
     Source: Burgess et al., Understanding disentangling in beta-VAE, arXiv:1804.03599, eq. 8.
     """
@@ -69,6 +69,8 @@ class Capacity:
 
     def __post_init__(self) -> None:
         _checks.choice("mode", self.mode, CAPACITY_MODES)
+        if not isinstance(self.nats, Tensor | torch.nn.Module):
+            object.__setattr__(self, "nats", _numbers.not_negative("nats", self.nats))
 
 
 def balance(
@@ -91,7 +93,7 @@ def balance(
 
     Source: Hafner et al., Mastering Atari with Discrete World Models, arXiv:2010.02193, section 2.2.
     """
-    _checks.fraction("weight", weight)
+    weight = _numbers.fraction("weight", weight)
     prior_mu, prior_logvar = prior
     q = _scaled_gradient(mu, 1.0 - weight), _scaled_gradient(logvar, 1.0 - weight)
     return *q, (_scaled_gradient(prior_mu, weight), _scaled_gradient(prior_logvar, weight))

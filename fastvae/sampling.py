@@ -6,6 +6,7 @@ from torch import Tensor
 from fastvae_kernels.types import Clamp, PhiloxNoise
 
 from . import _backend, _checks, reference
+from ._seeds import noise_source
 from ._strides import readable
 from .ops import _library
 from .ops.reparam_kl import ReparamKLFunction, plan
@@ -28,7 +29,7 @@ def sample(
 ) -> tuple[Tensor, Tensor | None]:
     """(z, KL of each sample or None); `packed`: mu and logvar are the halves of a dimension of one tensor."""
     first, second, dim = (mu, logvar, None) if packed is None else (packed[0], None, packed[1])
-    if torch.compiler.is_compiling() or _library.needs_dispatch(first):
+    if _backend.is_traced() or _library.needs_dispatch(first):
         _checks.gaussian(mu, logvar)
         bounds = _checks.logvar_clamp(logvar_clamp)
         return _traced(mu, logvar, generator, seed, offset, bounds, with_kl=with_kl)
@@ -50,7 +51,7 @@ def sample(
         mu, logvar = readable(mu), readable(logvar)
         return sample(mu, logvar, generator, seed, offset, logvar_clamp, with_kl=with_kl)
     if not (generator is None and seed is None and offset == 0):
-        _checks.noise_source(mu, generator, seed, offset)
+        seed, offset = noise_source(mu, generator, seed, offset)
     drawn = seed is None and at.draws_noise
     noise = _drawn(mu, generator) if drawn else _philox_noise(mu, generator, seed, offset)
     z, kl = ReparamKLFunction.apply(at, noise, first, second)  # type: ignore[no-untyped-call]
@@ -67,7 +68,7 @@ def _traced(
     *,
     with_kl: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    _checks.noise_source(mu, generator, seed, offset)
+    seed, offset = noise_source(mu, generator, seed, offset)
     if generator is not None:
         _checks.fail(
             "generator cannot be given while torch traces (torch.compile, torch.export, fake tensors); got one. Pass "
@@ -75,29 +76,22 @@ def _traced(
         )
     if seed is None and mu.device.type not in OPAQUE:
         return reference.reparameterize_kl(mu, logvar, _drawn(mu, None), bounds)
-    drawn_seed = torch.randint(2**63 - 1, (1,), device=mu.device) if seed is None else _int64(seed)
+    drawn_seed = torch.randint(2**63 - 1, (1,), device=mu.device) if seed is None else seed
     return _library.reparam_kl(mu, logvar, PhiloxNoise(drawn_seed, offset), bounds, with_kl=with_kl)
 
 
 def philox(shape: torch.Size, seed: int | Tensor, offset: int, dtype: torch.dtype, like: Tensor) -> Tensor:
     """The noise of seeded sampling itself, on the device of `like`."""
-    if torch.compiler.is_compiling() or _library.needs_dispatch(like):
-        return _library.philox_normal(shape, _int64(seed), offset, dtype, like.device)
+    if _backend.is_traced() or _library.needs_dispatch(like):
+        return _library.philox_normal(shape, seed, offset, dtype, like.device)
     backend = _backend.backend_module(like, "philox")
-    normals: Tensor = backend.philox_normal(shape, _int64(seed), offset, dtype, like.device)
+    normals: Tensor = backend.philox_normal(shape, seed, offset, dtype, like.device)
     return normals
-
-
-def _int64(seed: int | Tensor) -> int | Tensor:
-    """The int64 with the bits of seed mod 2^64."""
-    if isinstance(seed, Tensor) or -(2**63) <= seed < 2**63:  # arithmetic on a traced int would overflow
-        return seed
-    return (seed + 2**63) % 2**64 - 2**63
 
 
 def _philox_noise(mu: Tensor, generator: torch.Generator | None, seed: int | Tensor | None, offset: int) -> PhiloxNoise:
     if seed is not None:
-        return PhiloxNoise(_int64(seed), offset)
+        return PhiloxNoise(seed, offset)
     if generator is None:
         return PhiloxNoise(torch.empty(1, dtype=torch.int64, device=mu.device).random_(), 0)
     drawn = torch.empty(1, dtype=torch.int64, device=generator.device)

@@ -17,7 +17,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from . import _checks
+from . import _checks, _numbers
 
 Shape = Literal["linear", "cosine", "sigmoid"]
 
@@ -52,10 +52,8 @@ class Schedule(nn.Module):
     def __init__(self, start: float, end: float, steps: int, *, delay: int = 0) -> None:
         super().__init__()
         self.start, self.end = _finite("start", start), _finite("end", end)
-        self.steps = _checks.at_least_one("steps", steps)
-        if isinstance(delay, bool) or not isinstance(delay, int) or delay < 0:
-            _checks.fail(f"delay must be an int of at least 0; got {delay!r}.")
-        self.delay = delay
+        self.steps = _numbers.integer("steps", steps, least=1)
+        self.delay = _numbers.integer("delay", delay, least=0)
         self.register_buffer("value", torch.tensor(self.start, dtype=torch.float32))
         self.register_buffer("step_count", torch.zeros((), dtype=torch.int64))
         self.register_load_state_dict_post_hook(_refresh)  # type: ignore[no-untyped-call]
@@ -163,15 +161,15 @@ class Cyclical(Schedule):
     ) -> None:
         super().__init__(start, end, steps, delay=delay)
         _checks.choice("shape", shape, SHAPES)
-        _checks.positive("ratio", ratio)
-        _checks.not_negative("zero_ratio", zero_ratio)
-        if ratio + zero_ratio > 1:
+        self.ratio = _numbers.positive("ratio", ratio)
+        self.zero_ratio = _numbers.not_negative("zero_ratio", zero_ratio)
+        if self.ratio + self.zero_ratio > 1:
             _checks.fail(
                 f"ratio and zero_ratio must add up to at most 1, a whole cycle; got {ratio} and {zero_ratio}. "
                 "What they leave of a cycle is spent at `end`."
             )
-        self.cycles = _checks.at_least_one("cycles", cycles)
-        self.ratio, self.zero_ratio, self.shape = float(ratio), float(zero_ratio), shape
+        self.cycles = _numbers.integer("cycles", cycles, least=1)
+        self.shape = shape
 
     def _progress(self, elapsed: Tensor) -> Tensor:
         # in integers, because a rounding error where a cycle begins would take `end` for `start`
@@ -206,7 +204,7 @@ def _fraction(part: Tensor, whole: int) -> Tensor:
 
 
 def _finite(name: str, value: object) -> float:
-    number = _checks.number(name, value)
+    number = _numbers.number(name, value)
     if not abs(number) <= torch.finfo(torch.float32).max:
         _checks.fail(f"{name} must be finite in float32; got {value!r}.")
     return number

@@ -11,7 +11,7 @@ from . import _backend, _checks
 from ._strides import readable
 from .fallback import latent_stats as fallback  # a compiler cannot trace the choice of a room
 
-_ACTIVE_VARIANCE = 0.01
+ACTIVE_VARIANCE = 0.01  # of active units, here and where a training counts them
 
 
 class LatentStats(NamedTuple):
@@ -66,7 +66,6 @@ def latent_stats(mu: Tensor, logvar: Tensor, *, logvar_clamp: Clamp | None = Non
     """
     _checks.gaussian(mu, logvar)
     bounds = _checks.logvar_clamp(logvar_clamp)
-    compiling = torch.compiler.is_compiling()
-    backend = fallback if compiling else _backend.backend_module(mu, "latent_stats")
+    backend = fallback if _backend.is_traced() else _backend.backend_module(mu, "latent_stats")
     with torch.no_grad():
-        return LatentStats(*backend.latent_stats(readable(mu), readable(logvar), bounds, _ACTIVE_VARIANCE))
+        return LatentStats(*backend.latent_stats(readable(mu), readable(logvar), bounds, ACTIVE_VARIANCE))

@@ -1,7 +1,9 @@
 """One process tests either interpreted kernels (no GPU needed) or compiled ones: Triton decides when it is imported."""
 
 import os
+import signal
 
+import numpy as np
 import pytest
 import torch
 
@@ -44,3 +46,19 @@ def backend(request):
 
     with fastvae.use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture(scope="session")
+def images_file(tmp_path_factory):
+    """A .npy file of 40 images of noise."""
+    path = tmp_path_factory.mktemp("data") / "noise.npy"
+    np.save(path, np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8))
+    return path
+
+
+@pytest.fixture
+def hangups_not_ignored():
+    """SIGHUP acts as by default, also in processes that the test starts, where pytest itself runs under nohup."""
+    previous = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, previous)

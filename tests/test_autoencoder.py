@@ -131,6 +131,11 @@ def test_attention_under_its_former_names():
         ({"down_block_types": ["AttnDownEncoderBlock2D"] * 2}, "needs down_block_types = "),
         ({"_class_name": "AutoencoderDC"}, "needs _class_name = 'AutoencoderKL'"),
         ({"norm_num_groups": 5}, "groups must divide width, 8; got 5"),
+        ({"block_out_channels": 8}, "block_out_channels must be a list of whole numbers from 1; got 8"),
+        ({"block_out_channels": [8, "16"]}, "block_out_channels must be a list"),
+        ({"block_out_channels": [0, 0]}, "block_out_channels must be a list"),
+        ({"sample_size": [8]}, r"sample_size must be a whole number, or height and width; got \[8\]"),
+        ({"sample_size": "large"}, "sample_size must be a whole number"),
     ],
 )
 def test_unknown_options_of_diffusers_are_named(options, message):

@@ -372,6 +372,18 @@ def test_inplace_next_to_a_scale_of_each_element(backend):
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_gradient_of_a_16_bit_scale_next_to_float32_images_is_rounded_once(backend, dtype):
+    """What the forward pass wrote of it cannot be multiplied by 3."""
+    recon, target, _, _ = leaves()
+    scale = torch.rand(IMAGE).to(dtype).requires_grad_()
+    loss = fastvae.vae_loss(recon, target, kl=torch.zeros(4), likelihood=Gaussian(scale)).loss
+    (found,) = torch.autograd.grad(3 * loss, scale)
+    error = oracle.squared_error(recon.detach().double(), target)
+    value = 3 * 0.5 * (1 - error * (-scale.detach().double()).exp()) / 4
+    oracle.assert_near(found, value, 1 + value.abs())
+
+
 @pytest.mark.parametrize("create_graph", [False, True], ids=["plain", "create_graph"])
 def test_one_tensor_in_two_places(backend, create_graph):
     x = torch.randn(LATENT, dtype=F64, requires_grad=True)
@@ -563,3 +575,29 @@ def test_a_transform_is_right_or_refused(backend, name, transform, grad_mode):
 def per_row_truth(mu, logvar):
     """Each row draws the first normals of the seed's stream: to vmap it is alone."""
     return oracle.sample(mu, logvar, fastvae.philox_normal(mu.shape[1:], seed=1).expand_as(mu))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradients_of_both_results_are_rounded_once(backend, dtype):
+    """Also with create_graph=True, where each result has its own way to mu and logvar."""
+    generator = torch.Generator().manual_seed(1)
+    mu, logvar, dz = (torch.randn(7, 9, generator=generator).to(dtype) for _ in range(3))
+    inputs = mu.requires_grad_(), logvar.requires_grad_()
+    z, kl = fastvae.reparameterize_kl(*inputs, seed=1)
+    found = torch.autograd.grad((z, kl), inputs, (dz, torch.ones(7)), create_graph=True)
+    noise = fastvae.philox_normal((7, 9), seed=1).double()
+    sigma = (logvar.detach().double() / 2).exp()
+    by_mu = dz.double() + mu.detach().double()
+    by_logvar = dz.double() * sigma * noise / 2 + torch.expm1(logvar.detach().double()) / 2
+    for gradient, value in zip(found, (by_mu, by_logvar), strict=True):
+        oracle.assert_near(gradient, value, 1 + value.abs())
+
+
+def test_the_gradient_of_a_16_bit_prior_is_rounded_once(backend):
+    generator = torch.Generator().manual_seed(1)
+    posterior, prior = torch.randn(2, 2, 7, 9, generator=generator).to(torch.float16)
+    inputs = [t.clone().requires_grad_() for t in (*posterior, *prior)]
+    (found,) = torch.autograd.grad(fastvae.gaussian_kl(*inputs[:2], prior=inputs[2:]), inputs[-1], create_graph=True)
+    mu, logvar, mu_p, logvar_p = (t.detach().double() for t in inputs)
+    value = -(((mu - mu_p) ** 2 + logvar.exp()) / logvar_p.exp() - 1) / 14
+    oracle.assert_near(found, value, 1 + value.abs())

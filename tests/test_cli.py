@@ -15,22 +15,15 @@ from fastvae.cli import doctor, main
 from fastvae.training import TrainingInterrupted
 from fastvae.training.events import Logged, Started
 
+from .support.command import TINY, error_of, fastvae
+
 EXTRA = "the command line needs the extra [train]"
 Image = pytest.importorskip("PIL.Image", reason=EXTRA)
-for package in ("matplotlib", "safetensors", "rich", "tyro"):
+for package in ("matplotlib", "safetensors", "rich"):
     pytest.importorskip(package, reason=EXTRA)
 commands = pytest.importorskip("fastvae.cli.commands", reason=EXTRA)
 inputs = pytest.importorskip("fastvae.cli.inputs", reason=EXTRA)
 progress = pytest.importorskip("fastvae.cli.progress", reason=EXTRA)
-
-TINY = ["--backbone", "mlp", "--hidden", "8", "--latent-dim", "3", "--batch-size", "8", "--device", "cpu"]
-
-
-@pytest.fixture(scope="session")
-def images_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "noise.npy"
-    np.save(path, np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8))
-    return path
 
 
 @pytest.fixture(scope="session")
@@ -44,27 +37,6 @@ def run(images_file, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def in_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-def error_of(capsys, *arguments, status=2):
-    """The one line that `fastvae ARGUMENTS` says on stderr before it exits with `status`."""
-    capsys.readouterr()
-    assert main(arguments) == status
-    captured = capsys.readouterr()
-    assert captured.err.startswith("fastvae: error: ")
-    assert captured.err.count("\n") == 1
-    assert captured.out == ""
-    return captured.err
-
-
-def fastvae(*arguments, code="import sys; from fastvae.cli import main; sys.exit(main())", **options):
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
 
 
 def test_train_says_where_the_results_are(images_file, tmp_path, capsys):
@@ -112,7 +84,7 @@ def test_help_lists_the_commands(arguments, capsys):
         main(arguments)
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    assert all(f"• {name}" in text for name in commands.COMMANDS)
+    assert all(f"\n  {name} " in text for name in commands.COMMANDS)
 
 
 def pixels(path):
@@ -329,12 +301,12 @@ def test_reader_that_has_gone_is_no_error():
 
 def test_missing_parser_is_one_line_that_names_the_extra():
     process = fastvae(
-        "train", code="import sys; sys.modules['tyro'] = None; from fastvae.cli import main; sys.exit(main())"
+        "train", code="import sys; sys.modules['rich'] = None; from fastvae.cli import main; sys.exit(main())"
     )
     _, error = process.communicate(timeout=60)
     assert process.returncode == 2
     assert error == (
-        'fastvae: error: tyro is not installed; this command needs it. Run: pip install "fastvae-triton[train]"\n'
+        'fastvae: error: rich is not installed; this command needs it. Run: pip install "fastvae-triton[train]"\n'
     )
 
 

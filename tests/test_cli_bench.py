@@ -7,7 +7,7 @@ import torch
 
 from fastvae.cli import bench, main
 
-pytest.importorskip("tyro", reason="the command line needs the extra [train]")
+pytest.importorskip("rich", reason="the command line needs the extra [train]")
 BRIEF = ["bench", "--seconds", "0.001", "--batch", "4", "--device", "cpu"]
 
 

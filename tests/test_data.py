@@ -2,15 +2,19 @@ import gzip
 import hashlib
 import pickle
 import struct
+import subprocess
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from fastvae.data import ArrayImages, DataError, ImageDataset, load, split
+from fastvae.data import ArrayImages, DataError, ImageDataset, absolute_source, identify, load, split
 from fastvae.data.build_fashion_mnist import build
+from fastvae.training.batches import load_batches
 
 
 def random_images(*shape: int) -> np.ndarray:
@@ -102,6 +106,32 @@ def test_split_depends_on_its_seed_alone():
     assert split(dataset, seed=0)[1].indices == [44, 39, 7, 6, 17]
 
 
+class Grouped(ArrayImages):
+    groups = torch.arange(5).repeat_interleave(10)
+
+
+@pytest.mark.parametrize("kind", [ArrayImages, Grouped])
+def test_split_is_the_same_under_other_defaults(kind):
+    dataset = kind(torch.zeros(50, 1, 1, 1, dtype=torch.uint8))
+    expected = [side.indices for side in split(dataset)]
+    torch.set_default_dtype(torch.float16)
+    try:
+        with torch.device("meta"):
+            assert [side.indices for side in split(dataset)] == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_data_is_read_under_another_default_device(tmp_path):
+    np.savez(tmp_path / "x.npz", images=random_images(4, 6, 6) / 255, labels=np.arange(4))
+    (tmp_path / "x-idx3").write_bytes(idx_bytes(random_images(4, 6, 6)))
+    with torch.device("meta"):
+        arrays = [load(str(tmp_path / "x.npz"), image_size=(3, 3)), load(f"idx:{tmp_path}")]
+        batches = [next(iter(load_batches(split(dataset)[0], [[0, 1]]))) for dataset in arrays]
+    assert [batch.device.type for batch in batches] == ["cpu", "cpu"]
+    assert batches[0].shape == (2, 1, 3, 3)
+
+
 @pytest.mark.parametrize("validation", [0, 1, -0.1, 1.5, float("nan")])
 def test_split_needs_a_share(validation):
     with pytest.raises(ValueError, match="validation must be a share between 0 and 1"):
@@ -137,8 +167,30 @@ def test_npy_of_bytes_stays_on_disk_and_is_never_written(tmp_path):
     images = random_images(3, 4, 4)
     np.save(tmp_path / "x.npy", images)
     dataset = load(str(tmp_path / "x.npy"))
-    dataset.images.zero_()
+    mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path / "x.npy") in line]
+    assert [line.split()[1][:2] for line in mapped] == ["r-"]
+    dataset[0].zero_()  # indexing gives copies, so that writing does not end the process
+    for image in dataset.__getitems__([1, 2]):
+        image.zero_()
     assert np.array_equal(np.load(tmp_path / "x.npy"), images)
+    assert np.array_equal(stacked(dataset)[:, 0], images)
+
+
+OPENS_UNDER_A_LIMIT = """
+import resource, sys
+from fastvae.data import load
+used = int(next(line for line in open("/proc/self/status") if line.startswith("VmData")).split()[1]) * 1024
+resource.setrlimit(resource.RLIMIT_DATA, (used + 2**28, used + 2**28))  # what the process may write to
+dataset = load(sys.argv[1])
+print(len(dataset), dataset[len(dataset) - 1].sum().item())
+"""
+
+
+def test_npy_larger_than_memory_opens(tmp_path):
+    np.lib.format.open_memmap(tmp_path / "x.npy", "w+", np.uint8, (2**20, 32, 32)).flush()  # 1 GiB, sparse
+    command = [sys.executable, "-c", OPENS_UNDER_A_LIMIT, str(tmp_path / "x.npy")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["1048576", "0"], done.stderr
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", ">f8"])
@@ -196,6 +248,19 @@ def test_truncated_array_is_named(tmp_path, name, keep):
     path.write_bytes(content[: keep if keep > 1 else int(len(content) * keep)])
     with pytest.raises(DataError, match=f"{name} cannot be read as a NumPy file"):
         load(str(path))
+
+
+@pytest.mark.parametrize("name", ["x.npy", "x.npz"])
+def test_a_flipped_bit_is_an_error_of_the_data_or_none(tmp_path, name):
+    path = tmp_path / name
+    (np.save if name == "x.npy" else np.savez_compressed)(path, random_images(1, 4, 4) / 255)
+    content = path.read_bytes()
+    for place in range(8 * min(len(content), 400)):
+        damaged = bytearray(content)
+        damaged[place // 8] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        with suppress(DataError):
+            load(str(path))
 
 
 def test_npz_names_decide(tmp_path):
@@ -264,6 +329,7 @@ def test_idx_sizes_must_agree(tmp_path):
         ("Fashion-MNIST", "Did you mean fashion-mnist"),
         ("nowhere/x.npy", "named 'nowhere/x.npy'. Pass a name"),
         ("idx:nowhere", "idx:nowhere: no such file or directory"),
+        *((nothing, "the data set has no name: got ") for nothing in ("", " ", "idx:", "hf:")),
     ],
 )
 def test_unknown_source_is_named(source, message):
@@ -285,3 +351,60 @@ def test_other_files_and_empty_directories_are_named(tmp_path):
 def test_image_size_must_be_positive(image_size):
     with pytest.raises(ValueError, match="image_size must be"):
         load("fashion-mnist", image_size=image_size)
+
+
+# what identifies a data set
+
+
+def test_absolute_source_keeps_names_and_resolves_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "set").mkdir()
+    (tmp_path / "x.npy").touch()
+    (tmp_path / "photos").mkdir()
+    assert absolute_source("x.npy") == absolute_source("./set/../x.npy") == str(tmp_path / "x.npy")
+    assert absolute_source("idx:set") == f"idx:{tmp_path / 'set'}"
+    assert absolute_source("hf:set:test:img") == f"hf:{tmp_path / 'set'}:test:img"
+    for name in ("photos", "fashion-mnist", "hf:someone/pictures:train", "nowhere", "", "idx:"):
+        assert absolute_source(name) == name
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert absolute_source("~/x.npy") == str(tmp_path / "x.npy")
+
+
+def test_identity_is_that_of_the_content(tmp_path):
+    images = random_images(6, 4, 4)
+    np.save(tmp_path / "a.npy", images)
+    np.savez(tmp_path / "b.npz", images)
+    first = identify(load(str(tmp_path / "a.npy")))
+    assert first.images == len(first.keys) == 6
+    assert identify(load(str(tmp_path / "b.npz"))).digest == first.digest
+    images[3, 2, 1] ^= 1
+    np.save(tmp_path / "a.npy", images)
+    other = identify(load(str(tmp_path / "a.npy")))
+    assert other.digest != first.digest
+    assert (other.keys != first.keys).tolist() == [False] * 3 + [True] + [False] * 2
+    subset = Subset(load(str(tmp_path / "a.npy")), [3, 0])
+    assert identify(subset).keys.tolist() == other.keys[[3, 0]].tolist()
+
+
+def test_identity_of_a_huge_array_is_that_of_a_sample(tmp_path, monkeypatch):
+    monkeypatch.setattr("fastvae.data.dataset.HASHED_BYTES", 2**16)
+    images = random_images(4097, 4, 4)
+    np.save(tmp_path / "x.npy", images)
+    first = identify(load(str(tmp_path / "x.npy")))
+    assert first.keys is None
+    for changed in (images[:-1], images[::-1].copy(), images ^ 1):
+        np.save(tmp_path / "x.npy", changed)
+        assert identify(load(str(tmp_path / "x.npy"))).digest != first.digest
+
+
+def test_identity_of_other_data_sets(tmp_path):
+    images = torch.rand(5, 1, 2, 2)
+
+    class Noisy(TensorDataset):
+        def __getitem__(self, index):
+            return (torch.rand(1, 2, 2),)
+
+    same, other = TensorDataset(images, torch.arange(5)), TensorDataset(images.flip(0))
+    assert identify(same).digest == identify(TensorDataset(images)).digest != identify(other).digest
+    assert identify(Noisy(images)).digest == identify(Noisy(images)).digest
+    assert identify(Noisy(images)).digest != identify(Noisy(images[1:])).digest

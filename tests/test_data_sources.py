@@ -1,6 +1,8 @@
 """Photographs that packages carry, Hugging Face data sets, and folders with damaged files in them."""
 
+import io
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -9,7 +11,7 @@ import torch
 
 from fastvae import data
 from fastvae.cli import main
-from fastvae.data import DataError
+from fastvae.data import DataError, identify
 
 Image = pytest.importorskip("PIL.Image", reason="images need pillow, of the extra [train]")
 
@@ -100,6 +102,77 @@ class TestHub:
         assert len(data.load("hf:someone/pictures:validation")) == 1
         assert asked == [("someone/pictures", "validation")]
 
+    def test_a_data_set_that_cannot_be_loaded_is_named(self, folder, tmp_path, monkeypatch):
+        datasets = pytest.importorskip("datasets", reason="Hugging Face data sets need the extra [hf]")
+
+        def load_dataset(name, split):
+            raise ValueError(f'Unknown split "{split}".')
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        with pytest.raises(DataError, match=r'someone/pictures cannot be loaded .*: Unknown split "dev"'):
+            data.load("hf:someone/pictures:dev")
+        with pytest.raises(DataError, match=r"cannot be loaded as a Hugging Face data set"):
+            data.load(f"hf:{tmp_path}")
+        damaged = shutil.copytree(folder, tmp_path / "damaged")
+        for file in damaged.rglob("*.arrow"):
+            file.write_bytes(file.read_bytes()[:100])
+        with pytest.raises(DataError, match=r"cannot be loaded as a Hugging Face data set"):
+            data.load(f"hf:{damaged}")
+
+    @pytest.fixture
+    def saved(self, tmp_path):
+        """Saves images, or encoded ones as bytes, as a data set, and gives its name."""
+        datasets = pytest.importorskip("datasets", reason="Hugging Face data sets need the extra [hf]")
+
+        def save(images, **feature):
+            features = datasets.Features({"image": datasets.Image(**feature), "label": datasets.Value("int64")})
+            rows = {"image": images, "label": list(range(len(images)))}
+            datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "set")
+            return f"hf:{tmp_path / 'set'}"
+
+        return save
+
+    def test_deep_images_are_refused_as_in_folders(self, saved):
+        name = saved([Image.fromarray(np.full((4, 4), level, np.uint16)) for level in (40, 40000)])
+        with pytest.raises(DataError, match=r"image 0 of .* has more than 8 bits per value"):
+            data.load(name)
+
+    def test_colour_is_that_of_all_images(self, saved):
+        grey = Image.fromarray(np.full((4, 4), 7, np.uint8))
+        red = Image.fromarray(np.full((4, 4, 3), (200, 0, 0), np.uint8))
+        images = data.load(saved([grey, red]))
+        assert images.shape == (3, 4, 4)
+        assert images[1][:, 0, 0].tolist() == [200, 0, 0]
+
+    def test_a_mode_of_the_data_set_decides_its_colour(self, saved):
+        assert data.load(saved([Image.fromarray(np.zeros((4, 4, 3), np.uint8))], mode="L")).shape == (1, 4, 4)
+
+    def test_sizes_are_compared_on_loading(self, saved):
+        name = saved([Image.fromarray(np.zeros((4, width), np.uint8)) for width in (4, 4, 5)])
+        with pytest.raises(DataError, match=r"image 0 of .* is 4 x 4 .*, image 2 of .* is 4 x 5"):
+            data.load(name)
+        assert data.load(name, image_size=(3, 3)).shape == (1, 3, 3)
+
+    @pytest.mark.parametrize("suffix", ["jpeg", "png", "webp"])
+    def test_images_are_turned_upright(self, saved, suffix):
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        content = io.BytesIO()
+        Image.fromarray(np.zeros((4, 6), np.uint8)).save(content, suffix, exif=exif)
+        images = data.load(saved([{"bytes": content.getvalue(), "path": None}]))
+        assert images.shape[1:] == images[0].shape[1:] == (6, 4)
+
+    def test_damaged_and_missing_images_are_left_out_and_listed(self, saved):
+        good = Image.fromarray(np.zeros((4, 4), np.uint8))
+        name = saved([None, good, {"bytes": b"no image", "path": None}, good])
+        images = data.load(name, strict=False)
+        assert (len(images), images.labels.tolist()) == (2, [1, 3])
+        assert [key.partition(" of ")[0] for key in images.skipped] == ["image 0", "image 2"]
+        assert images[1].shape == (1, 4, 4)
+        assert identify(images).keys[0] == identify(images).keys[1]
+        with pytest.raises(DataError, match=r"image 0 of .* is missing"):
+            data.load(name)
+
 
 @pytest.fixture
 def damaged(tmp_path):
@@ -137,7 +210,8 @@ def test_training_says_what_it_left_out(damaged, tmp_path, capsys):
     run = tmp_path / "run"
     arguments = ["train", "--data", str(damaged), "--epochs", "1", *small]
     assert main([*arguments, "--out", str(run)]) == 0
-    assert f"2 damaged files left out, listed in {run / 'skipped.json'}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"2 files or folders left out, listed in {run / 'skipped.json'}: {damaged}/" in said
     assert len(json.loads((run / "skipped.json").read_text())) == 2
     assert main([*arguments, "--out", str(tmp_path / "strict"), "--strict"]) == 2
     assert "text.jpg is not an image" in capsys.readouterr().err

@@ -210,7 +210,8 @@ def test_weights_as_tensors(backend):
 
 
 def test_zero_and_negative_weights(backend):
-    for beta, recon_weight in ((0.0, 1.0), (1.0, 0.0), (-1.0, -2.0)):
+    negative = [torch.tensor(x, dtype=torch.float64) for x in (-1.0, -2.0)]  # as numbers they would be a mistake
+    for beta, recon_weight in ((0.0, 1.0), (1.0, 0.0), negative):
         case = Case((3, 40), (3, 7), torch.float64)
         loss = fastvae.vae_loss(*case.inputs, beta=beta, recon_weight=recon_weight).loss
         truth = case.truth(beta=beta, recon_weight=recon_weight)

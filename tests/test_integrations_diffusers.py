@@ -398,6 +398,22 @@ def test_undo_restores_the_class(distribution):
     assert dict(vars(distribution)) == before
 
 
+def test_an_invalid_posterior_does_not_keep_the_patch(distribution):
+    before = dict(vars(distribution))
+    packed = moments()
+    with patch_diffusers():
+        invalid = [distribution(torch.zeros(shape, dtype=dtype)) for shape, dtype in INVALID]
+        valid = distribution(packed)
+    assert dict(vars(distribution)) == before
+    assert torch.equal(valid.mean, distribution(packed).mean)
+    with patch_diffusers():
+        pass
+    assert not any(hasattr(posterior, "mean") for posterior in invalid)
+
+
+INVALID = [((2, 3, 4, 4), torch.float32), ((2, 4, 4, 4), torch.int64), ((), torch.float32)]
+
+
 def test_unknown_noise_is_named():
     with pytest.raises(ValueError, match=r"'torch', 'philox'; got 'phylox'\. Did you mean 'philox'"):
         patch_diffusers("phylox")

@@ -196,6 +196,11 @@ def test_offsets_have_64_bits(case, target):
             assert set(additions) == {"i64"}, launch.name
 
 
+def test_a_bf16_reconstruction_of_a_float64_target_compiles():
+    """Arithmetic in float64, a gradient in 16 bits."""
+    assert all(launches(Case("loss", BF16, F64, shape=ODD), "sm_90"))
+
+
 def test_a_grid_covers_more_than_2_31_elements():
     for case in (Case("sample_kl", F32, shape=HUGE), Case("loss", BF16, U8, shape=HUGE)):
         forward, backward = launches(case, "sm_90")

@@ -63,7 +63,29 @@ def test_copies_and_pickles(batch):
     criterion = fastvae.VAELoss(0.3, kl_reduction="mean", recon_reduction="mean")
     for clone in (copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
         assert clone(*batch) == criterion(*batch)
-    assert repr(criterion) == "VAELoss(beta=0.3, likelihood='l2', reduction='batchmean')"
+    assert repr(fastvae.VAELoss(0.3)) == "VAELoss(beta=0.3, likelihood='l2', reduction='batchmean')"
+
+
+def test_every_option_that_is_not_the_default_is_shown():
+    options = {
+        "beta": 0.3,
+        "return_terms": True,
+        "recon_reduction": "mean",
+        "kl_reduction": "mean",
+        "recon_weight": 2.0,
+        "logvar_clamp": (-30.0, 20.0),
+        "free_bits": FreeBits(0.5, "dim_mask"),
+        "capacity": Capacity(3.0, "batch"),
+        "accumulate": 4,
+        "one_pass": False,
+        "inplace": True,
+    }
+    shown = repr(fastvae.VAELoss(**options))
+    for name, value in options.items():
+        assert f"{name}={value!r}" in shown
+    schedule = fastvae.schedules.Linear(0.0, 1.0, 4)
+    assert "Linear(0.0, 1.0, steps=4" in repr(fastvae.VAELoss(schedule))
+    assert repr(fastvae.VAELoss(torch.tensor(0.5))).startswith("VAELoss(beta=tensor(0.5000)")
 
 
 def test_a_learned_scale_is_a_parameter_of_the_loss(batch):

@@ -51,6 +51,15 @@ def test_bernoulli_of_certain_probabilities_is_as_torch(backend):
     torch.testing.assert_close(gradient, ours.grad, rtol=1e-6, atol=0)
 
 
+def test_infinite_logits_are_certain(backend):
+    """An infinite error where the target is not certain too, as torch's; the gradient is finite."""
+    logits = torch.tensor([math.inf, math.inf, math.inf, -math.inf, -math.inf, 1e38, -1e38])
+    target = torch.tensor([0.0, 0.5, 0.25, 1.0, 0.5, 1.0, 0.0])
+    value, gradient = value_and_gradient(logits, target, "bernoulli")
+    assert value.tolist() == [math.inf] * 5 + [0.0, 0.0]
+    torch.testing.assert_close(gradient, torch.sigmoid(logits) - target)
+
+
 @pytest.mark.parametrize("likelihood", ["l1", "huber", "smooth_l1", "log_cosh", "l2"])
 def test_gradient_is_zero_where_nothing_differs_and_nan_where_it_is_nan(backend, likelihood):
     x = torch.tensor([0.3, 0.3, math.nan])
@@ -206,3 +215,11 @@ def test_other_upstream_gradients_of_a_weighed_loss(backend, dtype):
     torch.testing.assert_close(dweight.double(), difference.square().sum(1) * upstream.double())
     second = torch.autograd.grad(terms.loss, recon, upstream)[0]
     torch.testing.assert_close(second, drecon)
+
+
+def test_inplace_of_samples_without_elements(backend):
+    recon = torch.rand(2, 3, 0, 4, requires_grad=True)
+    terms = fastvae.vae_loss(recon.clone(), torch.rand(2, 3, 0, 4), kl=torch.ones(2), inplace=True)
+    (gradient,) = torch.autograd.grad(terms.loss, recon)
+    assert terms.loss == 1
+    assert gradient.shape == recon.shape

@@ -237,6 +237,9 @@ class TestSharded:
         shard.unlink()
         with pytest.raises(ValueError, match="damaged or not complete"):
             train(TrainConfig.from_run(sharded.out))
+        shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(ValueError, match="damaged or not complete: shard-00002"):
+            train(TrainConfig.from_run(sharded.out))
         shard.write_bytes(content)
         assert train(TrainConfig.from_run(sharded.out)).run == sharded.out
 

@@ -26,7 +26,7 @@ from fastvae.training.events import Logged, Saved
 from fastvae.training.objective import decode_to_images
 
 EXTRA = "training needs the extra [train]"
-for package in ("PIL", "matplotlib", "safetensors", "rich", "tyro"):
+for package in ("PIL", "matplotlib", "safetensors", "rich"):
     pytest.importorskip(package, reason=EXTRA)
 cli = pytest.importorskip("fastvae.cli", reason=EXTRA)
 

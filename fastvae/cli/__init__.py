@@ -1,36 +1,45 @@
 """The command `fastvae`: parses, runs a subcommand, and turns mistakes into one line and a status.
 
 Exit status: 0 done, 1 the run failed (a loss that is not finite, a problem that `doctor` found), 2 a user's mistake,
-130, 141 and 143 stopped by SIGINT, SIGPIPE and SIGTERM. Other exceptions are bugs and keep their traceback.
+129, 130, 141 and 143 stopped by SIGHUP, SIGINT, SIGPIPE and SIGTERM. Other exceptions are bugs and keep their
+traceback; with FASTVAE_TRACEBACK=1, mistakes do too.
 """
 
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Sequence
 
 from . import doctor
+from .errors import MISUSED, failure_of
+from .output import Output, complain, guarded
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `fastvae` with `argv` (the arguments of the process if None) and return its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    output = Output(sys.stdout)
     try:
-        status = _run(arguments)
-        sys.stdout.flush()
-        return status
-    except BrokenPipeError:  # who read the output, `head` say, has gone: nobody to tell, nothing left to flush
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+        with guarded(output):
+            status = _run(arguments)
+    except SystemExit:  # after --help
+        if output.error is None:
+            raise
     except KeyboardInterrupt as interrupt:
         return _stopped(interrupt)
     except Exception as error:
-        failure = _status(error)
+        failure = failure_of(error)
         if failure is None or os.environ.get("FASTVAE_TRACEBACK") == "1":
             raise
-        print(f"fastvae: error: {_one_line(error)}", file=sys.stderr)
-        return failure
+        status, message = failure
+        complain(f"error: {message}")
+        return status
+    if isinstance(output.error, BrokenPipeError):  # who read the output, `head` say, has gone: nobody to tell
+        return 128 + signal.SIGPIPE
+    if output.error is not None:
+        complain(f"error: cannot write to standard output: {output.error.strerror}")
+        return MISUSED
+    return status
 
 
 def _run(arguments: list[str]) -> int:
@@ -43,41 +52,9 @@ def _run(arguments: list[str]) -> int:
     return COMMANDS[name].run(options)
 
 
-def _status(error: Exception) -> int | None:
-    """Exit status of an error that is not a bug; None for a bug.
-
-    What the system refuses (a file that is missing, a full disk) is the user's to mend. So is a ValueError
-    that fastvae's own code raised, whose text says what to do; out of a library's depths it is a bug.
-    """
-    if isinstance(error, OSError) or (isinstance(error, ImportError) and _missing_extra(error)):
-        return 2
-    if isinstance(error, ValueError) and _raised_by_fastvae(error):
-        return 2
-    if isinstance(error, ArithmeticError) and _raised_by_fastvae(error):
-        return 1
-    return None
-
-
-def _raised_by_fastvae(error: Exception) -> bool:
-    frames = list(traceback.walk_tb(error.__traceback__))
-    module: str = frames[-1][0].f_globals.get("__name__", "") if frames else ""
-    return module.partition(".")[0] == "fastvae"
-
-
-def _missing_extra(error: ImportError) -> bool:
-    return _raised_by_fastvae(error) if error.name is None else error.name.partition(".")[0] in doctor.TRAIN_EXTRA
-
-
-def _one_line(error: Exception) -> str:
-    if isinstance(error, ImportError) and error.name is not None:
-        package = error.name.partition(".")[0]
-        return f'{package} is not installed; this command needs it. Run: pip install "fastvae-triton[train]"'
-    return " ".join(str(error).split())
-
-
 def _stopped(interrupt: KeyboardInterrupt) -> int:
-    number = getattr(interrupt, "signal", signal.SIGINT)
-    print(f"fastvae: {interrupt or 'stopped'}", file=sys.stderr)
+    number = signal.Signals(getattr(interrupt, "signal", signal.SIGINT))
+    complain(str(interrupt) or f"stopped by {number.name}")
     if hasattr(interrupt, "run"):
-        print(f"fastvae: go on with: fastvae train --resume {interrupt.run}", file=sys.stderr)
+        complain(f"go on with: fastvae train --resume {interrupt.run}")
     return 128 + int(number)

@@ -59,17 +59,22 @@ class Bench:
 
 def run(options: Bench) -> int:
     """Print the figures."""
-    from fastvae.training.setup import resolve_device
+    from fastvae.training.config import MOST
+    from fastvae.training.setup import require_fits, resolve_device
 
     from .inputs import require_positive
 
     require_positive("batch", options.batch)
     for name, shape in (("image", options.image), ("latent", options.latent)):
-        if not shape or min(shape) < 1:
-            raise ValueError(f"--{name} must be one or more sizes of at least 1; got {' '.join(map(str, shape))}.")
+        if not shape or not 1 <= min(shape) <= max(shape) <= MOST:
+            allowed = f"at most {MOST}" if shape and min(shape) >= 1 else "at least 1"
+            raise ValueError(f"--{name} must be one or more sizes of {allowed}; got {' '.join(map(str, shape))}.")
     if not options.seconds > 0:
         raise ValueError(f"--seconds must be above 0; got {options.seconds}.")
     device = resolve_device(options.device)
+    # recon, target, their gradient and a peer's error, and as many for the latents
+    elements = options.batch * (math.prod(options.image) + math.prod(options.latent))
+    require_fits(4 * elements * STORAGE[options.dtype].itemsize, device, "to time a batch of these sizes")
     clock = "1 thread, CPU time" if device.type == "cpu" else "device time" if device.type == "cuda" else "wall time"
     image, latent = ("x".join(map(str, shape)) for shape in (options.image, options.latent))
     print(f"{options.batch} images {image}, latents {latent}, {options.dtype}, on {device} ({clock})")

@@ -18,7 +18,7 @@ Examples:
 """
 
 # import name and distribution of what the extra [train] installs
-TRAIN_EXTRA = {"PIL": "pillow"} | {name: name for name in ("matplotlib", "safetensors", "rich", "tyro")}
+TRAIN_EXTRA = {"PIL": "pillow"} | {name: name for name in ("matplotlib", "safetensors", "rich")}
 
 SEEDS_NOTE = (
     "fastvae never mixes the rank of a process into a seed: with several processes, give each rank's default generator "

@@ -13,8 +13,9 @@ from fastvae.training.batches import load_batches
 from fastvae.training.density import Density, bits_per_dim_of_bytes, importance_weighted_nats
 from fastvae.training.evaluation import baseline_nats, evaluate
 from fastvae.training.objective import decode_to_images
+from fastvae.training.setup import require_fits
 
-from .._files import write_json
+from .._files import null_non_finite, write_json
 from .inputs import load_images, load_objective, require_free, require_positive
 
 HELP = """Measure a model on images: ELBO, importance-weighted likelihood, active units, PSNR, SSIM, and a baseline.
@@ -63,6 +64,10 @@ def run(options: Evaluate) -> int:
         require_free(path, force=options.force)
     objective = load_objective(options.model, options.device)
     images, baseline_images, words = load_images(options.model, objective.model, options.data)
+    decoded = min(options.chunk, options.samples) * min(options.batch_size, len(images))  # type: ignore[arg-type]
+    elements = math.prod(objective.model.config.image_shape) + math.prod(objective.model.config.latent_shape)
+    device = next(objective.parameters()).device
+    require_fits(8 * decoded * elements, device, f"to decode {decoded} latents at once (--chunk, --batch-size)")
     found = evaluate(objective, images, batch_size=options.batch_size)
     baseline = baseline_nats(baseline_images, images, objective.likelihood)
     if found.log_scale is not None:
@@ -78,7 +83,7 @@ def run(options: Evaluate) -> int:
     figures = {"data": words, **asdict(found.evaluation), "baseline": baseline, "likelihood": likelihood, **quality}
     if worst:
         _draw(picture, objective, images, worst)
-    write_json(options.out, {**figures, "outliers": outliers})
+    write_json(options.out, null_non_finite({**figures, "outliers": outliers}))
     print(f"on {words}:\n{summary(found.evaluation, baseline)}\n{more(figures)}\nwritten to {options.out}")
     if worst:
         print(f"the {len(worst)} least likely images: {picture}")

@@ -8,9 +8,13 @@ from torch.utils.data import Dataset
 from fastvae import data
 from fastvae.models import VAE
 from fastvae.training import Objective, TrainConfig
+from fastvae.training.config import MOST
 from fastvae.training.objective import decode_to_images
 from fastvae.training.run_folder import METRICS_FILE
-from fastvae.training.setup import resolve_device
+from fastvae.training.setup import require_fits, resolve_device
+from fastvae.training.split import Split
+
+from .._files import require_regular
 
 
 def load_model(path: Path, device: str) -> VAE:
@@ -49,46 +53,61 @@ def is_run(path: Path) -> bool:
 def load_images(model_path: Path, model: VAE, source: str | None) -> tuple[Dataset[Any], Dataset[Any], str]:
     """Images to use the model on, images that a baseline may learn from, and words for the first.
 
-    Of the data that the run was trained on these are the validation and the training images, since the model knows the
-    latter; of other data both are all images. Images are resized to the model's size.
+    The first are images that the run was not trained on, see `Split.unseen`; of a model outside a run, both are all
+    images. Images are resized to the model's size.
 
     Raises:
-        ValueError: no data to take, or another number of channels than the model's.
+        ValueError: no data to take, none that the run was not trained on, or another number of channels than the
+            model's.
     """
     run = TrainConfig.from_run(model_path) if is_run(model_path) else None
     if source is None and run is None:
         raise ValueError(f"{model_path} is not a run folder, so it does not say which images to take. Pass --data.")
-    name = source or (run.data if run else "")
+    name = run.data if run and source is None else str(source)
     images = data.load(name, image_size=model.config.image_size, strict=run.strict if run else False)
     if images.shape[0] != model.config.channels:
         raise ValueError(
             f"the model is for {model.config.channels} channels, the images of {name} have {images.shape[0]}. "
             "Pass --data with images like those it was trained on."
         )
-    if run and run.data == name:
-        train, validation = data.split(images, validation=run.validation)
-        return validation, train, f"the {len(validation)} validation images of {name}"
-    return images, images, f"all {len(images)} images of {name}"
+    here = data.absolute_source(name)
+    split = Split.load(model_path) if run else None
+    if split is None and run and here == data.absolute_source(run.data):  # a run of a version that kept no split
+        split = Split.of(images, here, validation=run.validation)
+    if split is None:
+        return images, images, f"all {len(images)} images of {name}"
+    return split.unseen(images, name, is_own=source is None or here == split.source)
 
 
 def require_free(path: Path, *, force: bool) -> None:
     """Refuse to overwrite a file unless told to, and make the folder for it.
 
     Raises:
-        FileExistsError: `path` exists, and `force` is not set or it is a folder.
+        FileExistsError: `path` exists, and `force` is not set or it is no regular file.
     """
-    if path.is_dir():
-        raise FileExistsError(f"{path} is a folder. Pass a file name with --out.")
+    require_regular(path)
     if path.exists() and not force:
         raise FileExistsError(f"{path} exists already. Choose another --out, or overwrite it with --force.")
     path.parent.mkdir(parents=True, exist_ok=True)
 
 
-def require_positive(name: str, value: int, *, least: int = 1) -> None:
-    """Refuse a count that is too small.
+def require_picture(n: int, model: VAE) -> None:
+    """Refuse a picture of more images than memory holds; the smallest are enlarged to about 56 pixels.
 
     Raises:
-        ValueError: `value` is below `least`.
+        ValueError: `n` images are too many.
     """
-    if value < least:
-        raise ValueError(f"--{name} must be at least {least}; got {value}.")
+    channels, height, width = model.config.image_shape
+    pixels = channels * max(height, 56) * max(width, 56)
+    require_fits(6 * n * pixels, next(model.parameters()).device, f"a picture of {n} images")
+
+
+def require_positive(name: str, value: int, *, least: int = 1, most: int = MOST) -> None:
+    """Refuse a count that is too small or too large.
+
+    Raises:
+        ValueError: `value` is below `least` or above `most`.
+    """
+    if not least <= value <= most:
+        allowed = f"at least {least}" if value < least else f"at most {most}"
+        raise ValueError(f"--{name} must be {allowed}; got {value}.")

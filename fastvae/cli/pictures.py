@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Literal
 
 from fastvae.training.batches import spread_images
+from fastvae.training.config import SEEDS
 
-from .inputs import load_images, load_model, require_free, require_positive
+from .inputs import load_images, load_model, require_free, require_picture, require_positive
 
 SAMPLE_HELP = """Draw new images from the prior, as a grid in a PNG.
 
@@ -94,8 +95,10 @@ def sample(options: Sample) -> int:
     from fastvae.training import pictures
 
     require_positive("n", options.n)
+    require_positive("seed", options.seed, least=0, most=SEEDS - 1)
     require_free(options.out, force=options.force)
     model = load_model(options.model, options.device)
+    require_picture(options.n, model)
     print(pictures.save_samples(options.out, model, n=options.n, seed=options.seed))
     return 0
 
@@ -107,6 +110,7 @@ def reconstruct(options: Reconstruct) -> int:
     require_positive("n", options.n)
     require_free(options.out, force=options.force)
     model = load_model(options.model, options.device)
+    require_picture(options.n, model)
     images, _, _ = load_images(options.model, model, options.data)
     print(pictures.save_reconstructions(options.out, model, spread_images(images, options.n)))
     return 0
@@ -120,6 +124,7 @@ def interpolate(options: Interpolate) -> int:
     require_positive("steps", options.steps, least=2)
     require_free(options.out, force=options.force)
     model = load_model(options.model, options.device)
+    require_picture(options.n * options.steps, model)
     dataset, _, _ = load_images(options.model, model, options.data)
     images = spread_images(dataset, 2 * options.n)
     print(pictures.save_interpolations(options.out, model, images, steps=options.steps, mode=options.mode))

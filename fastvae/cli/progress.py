@@ -1,5 +1,6 @@
 """Progress of a training run: a bar on a terminal, plain lines elsewhere."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ SECONDS_BETWEEN_LINES = 10.0
 @contextmanager
 def reporter() -> Iterator[Callable[[Event], None]]:
     """What to pass to `train` as `on_event`."""
-    if not sys.stdout.isatty():
+    if not sys.stdout.isatty() or os.environ.get("TERM") in ("dumb", "unknown"):
         yield PlainLines()
         return
     words = TextColumn("{task.description}")
@@ -71,7 +72,8 @@ def started_line(event: Started) -> str:
     """What is trained on what."""
     resumed = f", resumed after step {event.step}" if event.step else ""
     if event.skipped:
-        resumed += f"; {event.skipped} damaged files left out, listed in {event.run / 'skipped.json'}"
+        names = ", ".join(list(event.skipped)[:3]) + (", ..." if len(event.skipped) > 3 else "")
+        resumed += f"; {len(event.skipped)} files or folders left out, listed in {event.run / 'skipped.json'}: {names}"
     return (
         f"{event.run}: {event.train_images} training and {event.validation_images} validation images, "
         f"{event.parameters:,} parameters on {event.device}{resumed}; baseline {event.baseline:.2f} nats/image"

@@ -1,11 +1,14 @@
 """`fastvae train`: the training loop with words around it."""
 
+import sys
+
 from fastvae.presets import PRESETS
 from fastvae.training import TrainConfig, train
 from fastvae.training.distributed import is_first_process
 from fastvae.training.run_folder import METRICS_FILE
 
 from .evaluate import summary
+from .output import Output
 from .progress import reporter
 
 HELP = f"""Train a VAE on images and show what it learnt.
@@ -46,6 +49,8 @@ def run(config: TrainConfig) -> int:
     if not is_first_process():
         train(config)
         return 0
+    if isinstance(sys.stdout, Output):
+        sys.stdout.notice = "the training goes on"
     with reporter() as report:
         result = train(config, on_event=report)
     print(f"\non {result.evaluation.images} validation images:\n{summary(result.evaluation, result.baseline)}")

@@ -6,5 +6,8 @@ from .dataset import ImageDataset as ImageDataset
 from .dataset import split as split
 from .folder import FolderImages as FolderImages
 from .hub import HubImages as HubImages
+from .identity import Identity as Identity
+from .identity import identify as identify
 from .photos import PhotoCrops as PhotoCrops
+from .sources import absolute_source as absolute_source
 from .sources import load as load

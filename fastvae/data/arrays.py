@@ -1,7 +1,6 @@
 """Images from NumPy arrays: .npy and .npz files, and whatever array another source has read."""
 
-import zipfile
-import zlib
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,11 @@ def load_array_file(path: Path, image_size: tuple[int, int] | None) -> ArrayImag
         array, labels = _read_npz(path) if path.suffix.lower() == ".npz" else (_map_npy(path), None)
     except DataError:
         raise
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be opened: {error.strerror or error}. Set its permissions or replace it."
+        ) from error
+    except Exception as error:  # NumPy raises almost anything for damaged bytes: TokenError, NotImplementedError, ...
         raise DataError(
             f"{path} cannot be read as a NumPy file ({error}). It must be a whole .npy or .npz file of plain numbers "
             "(no Python objects), as np.save and np.savez write."
@@ -50,15 +53,18 @@ def images_from_array(array: npt.NDArray[Any], name: str, image_size: tuple[int,
             f"{name}: images must be uint8 (0 to 255) or floats in [0, 1]; got {array.dtype}. Convert with "
             f"{'array.astype(np.uint8) * 255' if array.dtype == bool else 'array.astype(np.uint8) if its values fit'}."
         )
-    images = torch.from_numpy(array if array.dtype == np.uint8 else _quantize(array, name))
+    if array.dtype != np.uint8:
+        array = _quantize(array, name)
+    with warnings.catch_warnings(action="ignore"):  # PyTorch warns of memory that must not be written
+        images = torch.from_numpy(array)
     if image_size is not None and image_size != tuple(images.shape[2:]):
-        images = _resize(images, image_size)
-    return ArrayImages(images)
+        return ArrayImages(_resize(images, image_size))
+    return ArrayImages(images, read_only=not array.flags.writeable)
 
 
 def _map_npy(path: Path) -> npt.NDArray[Any]:
-    # copy on write: PyTorch wants writable memory, the file stays as it is
-    array: npt.NDArray[Any] = np.lib.format.open_memmap(path, mode="c")
+    # read-only: a writable mapping, even a private one, is refused where it is larger than memory
+    array: npt.NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
     return array
 
 
@@ -110,7 +116,8 @@ def _channels_first(array: npt.NDArray[Any], name: str) -> npt.NDArray[Any]:
 def _quantize(array: npt.NDArray[Any], name: str) -> npt.NDArray[np.uint8]:
     images = np.empty(array.shape, np.uint8)
     for chunk in _chunks(array.shape, array.itemsize):
-        values = array[chunk].astype(np.float32)
+        with np.errstate(over="ignore"):  # infinite values are refused
+            values = array[chunk].astype(np.float32)
         if not (values.min() >= 0 and values.max() <= 1):  # NaN fails both
             inside = ((values >= 0) & (values <= 1)).all(axis=(1, 2, 3))
             worst = int(np.argmin(inside))
@@ -123,7 +130,7 @@ def _quantize(array: npt.NDArray[Any], name: str) -> npt.NDArray[np.uint8]:
 
 
 def _resize(images: Tensor, image_size: tuple[int, int]) -> Tensor:
-    resized = torch.empty((*images.shape[:2], *image_size), dtype=torch.uint8)
+    resized = torch.empty((*images.shape[:2], *image_size), dtype=torch.uint8, device="cpu")
     for chunk in _chunks(tuple(images.shape), images.itemsize):
         # in floats: on bytes PyTorch rounds between the two directions and ends up to 8 levels from Pillow
         values = F.interpolate(images[chunk].float(), image_size, mode="bicubic", antialias=True, align_corners=False)

@@ -1,10 +1,16 @@
 """Data sets of images: what they hand out, how a batch is made, how they are split."""
 
+import hashlib
 from abc import ABC, abstractmethod
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
+
+HASHED_BYTES = 2**30  # images of an array are hashed one by one up to this size
 
 
 class DataError(ValueError):
@@ -33,6 +39,10 @@ class ImageDataset(Dataset[Tensor], ABC):
         """
         return [self[index] for index in indices]
 
+    def keys(self) -> npt.NDArray[np.uint64] | None:
+        """A hash of each image, [N], that identifies its content; None if that would take too long."""
+        return None
+
 
 class ArrayImages(ImageDataset):
     """Images in memory, or in a memory-mapped file.
@@ -40,22 +50,37 @@ class ArrayImages(ImageDataset):
     Args:
         images: [N, C, H, W] uint8, any strides; not copied.
         labels: [N] whole numbers, kept for pictures and not handed out with the images; None if there are none.
+        read_only: Whether the memory of `images` must not be written, as that of a file mapped read-only, where writing
+            ends the process. Indexing then gives copies.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor | None = None) -> None:
+    def __init__(self, images: Tensor, labels: Tensor | None = None, *, read_only: bool = False) -> None:
         self.images = images
         self.labels = labels
+        self.read_only = read_only
         self.shape = (images.shape[1], images.shape[2], images.shape[3])
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> Tensor:
-        return self.images[index]
+        return self.images[index].clone() if self.read_only else self.images[index]
+
+    def keys(self) -> npt.NDArray[np.uint64] | None:
+        """A hash of each image's pixels, [N]; None beyond `HASHED_BYTES`."""
+        if self.images.nbytes > HASHED_BYTES:
+            return None
+        hashes = (key_of(np.ascontiguousarray(image)) for image in self.images.cpu().numpy())
+        return np.fromiter(hashes, np.uint64, len(self))
+
+
+def key_of(content: Any) -> int:
+    """64-bit hash of bytes, or of a contiguous array."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 def split(dataset: Dataset[Tensor], *, validation: float = 0.1, seed: int = 0) -> tuple[Subset[Tensor], Subset[Tensor]]:
-    """Split a data set at random, the same way for the same `seed`, size and `validation`.
+    """Split a data set at random, the same way for the same `seed`, size and `validation`, whatever torch's defaults.
 
     Where the data set has `groups`, [N] numbers from 0 on, a group is held out whole or not at all.
 
@@ -77,14 +102,18 @@ def split(dataset: Dataset[Tensor], *, validation: float = 0.1, seed: int = 0) -
         raise DataError(
             f"a split needs at least 2 images, one to train and one to validate; got {n_images}. Add images."
         )
-    random = torch.Generator().manual_seed(seed)
+    random = torch.Generator("cpu").manual_seed(seed)
     groups: Tensor | None = getattr(dataset, "groups", None)
     if groups is not None and (n_groups := int(groups.max()) + 1) > 1:
         n_held = min(max(round(n_groups * validation), 1), n_groups - 1)
-        held = torch.isin(groups, torch.randperm(n_groups, generator=random)[:n_held])
-        shuffled = torch.randperm(n_images, generator=random)
+        held = torch.isin(groups.cpu(), _permutation(n_groups, random)[:n_held])
+        shuffled = _permutation(n_images, random)
         kept, held_out = shuffled[~held[shuffled]].tolist(), shuffled[held[shuffled]].tolist()
         return Subset(dataset, kept), Subset(dataset, held_out)
     n_validation = min(max(round(n_images * validation), 1), n_images - 1)
-    order = torch.randperm(n_images, generator=random).tolist()
+    order = _permutation(n_images, random).tolist()
     return Subset(dataset, order[n_validation:]), Subset(dataset, order[:n_validation])
+
+
+def _permutation(n: int, random: torch.Generator) -> Tensor:
+    return torch.randperm(n, generator=random, device="cpu")

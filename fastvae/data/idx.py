@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from .._files import require_regular
 from .dataset import DataError
 
 UINT8 = 0x08
@@ -84,6 +85,7 @@ def _image_files(directory: Path) -> list[Path]:
 
 
 def _read_bytes(path: Path) -> bytes:
+    require_regular(path)
     content = path.read_bytes()
     if not content.startswith(b"\x1f\x8b"):
         return content

@@ -5,11 +5,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .dataset import ImageDataset
-from .folder import decoded
+from .dataset import ImageDataset, key_of
+from .images import decoded, opened
 
 # of a stereo pair, one; no drawings, no texts, no stained tissue
 PHOTOS = {
@@ -44,11 +45,20 @@ class PhotoCrops(ImageDataset):
     def __init__(self, image_size: tuple[int, int] | None = None, crops: int = CROPS) -> None:
         self.paths = [_package(package) / name for package, names in PHOTOS.items() for name in names]
         self.shape = (3, *(image_size or SIZE))
-        self.groups = torch.arange(len(self.paths)).repeat_interleave(crops)
-        self._photos = [decoded(path, 3) for path in self.paths]
+        self.groups = torch.arange(len(self.paths), device="cpu").repeat_interleave(crops)
+        self._photos = []
+        for path in self.paths:
+            with opened(path, str(path)) as image:
+                self._photos.append(decoded(image, 3, str(path)))
 
     def __len__(self) -> int:
         return len(self.groups)
+
+    def keys(self) -> npt.NDArray[np.uint64]:
+        """A hash of the photograph, the number and the size of each crop, [N]."""
+        photos = [key_of(path.read_bytes()) for path in self.paths]
+        crops = enumerate(self.groups.tolist())
+        return np.array([key_of(f"{photos[group]} {index} {self.shape}".encode()) for index, group in crops], np.uint64)
 
     def __getitem__(self, index: int) -> Tensor:
         from PIL import Image

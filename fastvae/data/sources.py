@@ -26,7 +26,7 @@ def load(source: str | Path, *, image_size: tuple[int, int] | None = None, stric
     | `fashion-mnist` | the 10 000 test images of Fashion-MNIST, [1, 28, 28], which come with the package |
     | `photos` | colour crops of photographs that scikit-image and scikit-learn carry (`PhotoCrops`), [3, 64, 64] |
     | a folder | every image file below it (`FolderImages`), decoded as asked for |
-    | `x.npy` | [N, H, W], [N, H, W, C] or [N, C, H, W], C = 1 or 3, uint8 (stays on disk) or floats in [0, 1] |
+    | `x.npy` | [N, H, W], [N, H, W, C] or [N, C, H, W], C = 1 or 3, uint8 (mapped read-only) or floats in [0, 1] |
     | `x.npz` | the same, under the key `images` or as the only array; [N] whole numbers under `labels`: `.labels` |
     | `hf:NAME[:SPLIT[:COLUMN]]` | a Hugging Face data set, or a folder that its save_to_disk made (`HubImages`) |
     | `idx:DIR` | every IDX file of images in it, as MNIST's, compressed or not; `idx:FILE`: that one |
@@ -36,7 +36,8 @@ def load(source: str | Path, *, image_size: tuple[int, int] | None = None, stric
     Args:
         source: As in the table; `~` is the home directory.
         image_size: (height, width) to resize every image to, antialiased, aspect ratio not kept; None: as they are.
-        strict: Whether a damaged file in a folder is an error; if not, it is left out and listed in `.skipped`.
+        strict: Whether a damaged image in a folder or a Hugging Face data set is an error; if not, it is left out and
+            listed in `.skipped`.
 
     Returns:
         Data set of uint8 tensors [C, H, W], with `.shape`; `DataLoader(load(source), batch_size=128)` gives batches.
@@ -48,13 +49,15 @@ def load(source: str | Path, *, image_size: tuple[int, int] | None = None, stric
     if image_size is not None and (len(image_size) != 2 or min(image_size) < 1):
         raise ValueError(f"image_size must be (height, width), both at least 1; got {image_size}. Pass (64, 64), say.")
     text = str(source)
+    if text.strip() in ("", "hf:", "idx:"):
+        raise DataError(f"the data set has no name: got {text!r}. Pass {FORMS}.")
     if text in EMBEDDED:
         return load_array_file(Path(__file__).with_name(EMBEDDED[text]), image_size)
     if text == "photos":
         return PhotoCrops(image_size)
     if text.startswith("hf:"):
         name, part, column, *_ = [*text.removeprefix("hf:").split(":", 2), "", ""]
-        return HubImages(name, part or "train", column or None, image_size)
+        return HubImages(name, part or "train", column or None, image_size, strict=strict)
     if text.startswith("idx:"):
         path = Path(text.removeprefix("idx:")).expanduser()
         return images_from_array(read_idx_images(path), text, image_size)
@@ -68,3 +71,15 @@ def load(source: str | Path, *, image_size: tuple[int, int] | None = None, stric
     near = difflib.get_close_matches(text.lower(), NAMES, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]}?" if near else ""
     raise DataError(f"no data set, file or folder named {text!r}.{hint} Pass {FORMS}.")
+
+
+def absolute_source(source: str) -> str:
+    """The same source with an absolute path, if it names a file or a folder that exists; otherwise as it is."""
+    kind = next((prefix for prefix in ("idx:", "hf:") if source.startswith(prefix)), "")
+    name, colon, rest = source.removeprefix(kind), "", ""
+    if kind == "hf:":
+        name, colon, rest = name.partition(":")
+    path = Path(name).expanduser()
+    if source in NAMES or not name or not path.exists():
+        return source
+    return f"{kind}{path.resolve()}{colon}{rest}"

@@ -17,6 +17,7 @@ from fastvae_kernels.types import (
 )
 
 from .. import reference
+from .._dtypes import in_dtype
 from .gaussian import kl_gradients, kl_terms, rows
 from .images import Coefficient, Images, sum_errors, write_gradients
 
@@ -192,6 +193,7 @@ def elbo_bwd(
         of_free_bits = _combine(dloss, beta, None) * options.kl_normalizer if has_free_bits else 0.0
     _image_gradients(plan, tensors, gradients, of_error, factor, held=held)
     if gradients.kl is not None:
+        of_kl = in_dtype(of_kl, gradients.kl.dtype)
         gradients.kl.copy_(of_kl) if isinstance(of_kl, Tensor) else gradients.kl.fill_(of_kl)
     if any(g is not None for g in gradients[4:8]):
         like = tensors.logvar if tensors.logvar is not None else tensors.mu
@@ -250,8 +252,9 @@ def _reduced(kl: Tensor, plan: ElboPlan) -> Coefficient:
 
 
 def _result(term: Coefficient, plan: ElboPlan) -> Tensor:
+    term = in_dtype(term, plan.dtype)
     if isinstance(term, Tensor):
-        return term.to(plan.dtype)
+        return term
     if plan.options.per_sample:
         return torch.full((plan.batch,), term, dtype=plan.dtype, device=plan.device)
     return torch.scalar_tensor(term, dtype=plan.dtype, device=plan.device)

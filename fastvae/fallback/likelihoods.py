@@ -58,8 +58,9 @@ def _log_cosh_gradient(recon: Tensor, target: Tensor, alpha: float) -> tuple[Ten
 
 
 def _bernoulli_error(logits: Tensor, target: Tensor, parameter: float) -> Tensor:
+    # logits * (step - target): no difference of two products that may both be infinite
+    error = logits.sgn().clamp_(min=0).sub_(target).mul_(logits)
     # the small term last, where nothing large is added any more
-    error = logits.clamp(min=0).addcmul_(logits, target, value=-1)
     return error.add_(logits.abs().neg_().exp_().log1p_())
 
 

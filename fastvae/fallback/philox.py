@@ -33,7 +33,9 @@ def philox_normal(
     """
     n = math.prod(shape)
     normals = _read(int(seed), offset, n) if device.type in _BY_NUMPY else _made(torch, seed, offset, n, device)[:n]
-    return torch.as_tensor(normals.reshape(shape)).to(device, dtype)
+    normals = normals.reshape(shape)
+    # not torch.as_tensor, which moves an array to the default device
+    return (normals if isinstance(normals, Tensor) else torch.from_numpy(normals)).to(device, dtype)
 
 
 class _Held(NamedTuple):

@@ -70,12 +70,15 @@ class Patch:
                     f"{self._function}() cannot be undone: {replacement.name} was replaced again by other code. "
                     "Undo that first."
                 )
-        if self._former:
+        if not self._former:
+            return
+        try:
             self._undoing()
+        finally:
             _in_effect.remove(self._function)
-        while self._former:
-            replacement, former = self._former.pop()
-            replacement.put(former)
+            while self._former:
+                replacement, former = self._former.pop()
+                replacement.put(former)
 
     def __enter__(self) -> Self:
         return self

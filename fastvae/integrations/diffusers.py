@@ -1,6 +1,7 @@
 """diffusers' posterior, computed by fastvae."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from math import prod
 from typing import Any, Literal, NamedTuple
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, reference
+from .._dtypes import compute_dtype
 from ..distributions import DiagonalGaussian
 from ..functional import philox_normal
 from ..ops.reparam_kl import ReparamKLFunction, plan
@@ -113,7 +115,8 @@ def _lazy_attributes(init: Callable[..., None]) -> tuple[dict[str, Any], Callabl
 
     def read_all() -> None:
         for posterior in list(_made):
-            read(posterior)
+            with suppress(Exception):  # its tensor is none of moments, which diffusers would have said when it was made
+                read(posterior)
 
     return {"__init__": __init__, "__getattr__": __getattr__, "__getstate__": __getstate__}, read_all
 
@@ -189,7 +192,7 @@ def _philox(posterior: Posterior, generator: Generators, with_kl: bool) -> Sampl
     if isinstance(generator, list) and len(generator) > 1:
         if len(generator) != packed.shape[0]:
             _checks.fail(f"a list of generators must have one a sample, {packed.shape[0]}; got {len(generator)}.")
-        shape, dtype = (1, *gaussian.mean.shape[1:]), reference.compute_dtype(packed)
+        shape, dtype = (1, *gaussian.mean.shape[1:]), compute_dtype(packed)
         rows = [philox_normal(shape, seed=_seed(packed, one), dtype=dtype) for one in generator]
         return _with_noise(packed, torch.cat(rows), with_kl)
     seed = _seed(packed, generator[0] if isinstance(generator, list) else generator)

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.distributions import Normal, kl
 
 from .. import reference
+from .._dtypes import compute_dtype
 from ._patch import Patch, Replacement
 
 
@@ -42,7 +43,7 @@ def register_torch_kl() -> Patch:
 
 def normal_kl(p: Normal, q: Normal) -> Tensor:
     """KL(p || q) element by element, in nats."""
-    dtype = reference.compute_dtype(p.loc, p.scale, q.loc, q.scale)
+    dtype = compute_dtype(p.loc, p.scale, q.loc, q.scale)
     distance = (p.loc.to(dtype) - q.loc.to(dtype)) / q.scale.to(dtype)
     log_ratio = 2 * torch.log(p.scale.to(dtype) / q.scale.to(dtype))
     return reference.gaussian_kl(distance, log_ratio).to(_result_dtype(p, q))

@@ -84,6 +84,8 @@ def config_from_diffusers(config: Mapping[str, Any], image_size: tuple[int, int]
     """
     channels = config.get("in_channels", 3)
     widths = config.get("block_out_channels", (64,))
+    if not (isinstance(widths, list | tuple) and widths and all(isinstance(w, int) and w >= 1 for w in widths)):
+        raise ValueError(f"block_out_channels must be a list of whole numbers from 1; got {widths!r}.")
     quant_convs = config.get("use_quant_conv", True)
     required = {"_class_name": CLASS, "act_fn": "silu", "out_channels": channels, "use_post_quant_conv": quant_convs}
     required |= {name: [kind] * len(widths) for name, kind in STAGES.items()}
@@ -92,7 +94,10 @@ def config_from_diffusers(config: Mapping[str, Any], image_size: tuple[int, int]
         if (list(given) if isinstance(given, tuple) else given) != value:
             raise ValueError(f'the backbone "autoencoder_kl" needs {name} = {value!r} of diffusers; got {given!r}.')
     size = config.get("sample_size", 32)
-    height, width = image_size or ((size, size) if isinstance(size, int) else size)
+    sizes = image_size or ([size, size] if isinstance(size, int) else size)
+    if not (isinstance(sizes, list | tuple) and len(sizes) == 2):
+        raise ValueError(f"sample_size must be a whole number, or height and width; got {size!r}.")
+    height, width = sizes
     narrowest = math.gcd(*widths)
     return VAEConfig(
         image_size=(height, width),

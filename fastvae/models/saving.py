@@ -1,13 +1,13 @@
 """Weights and config of a model in a directory: safetensors and JSON, no pickle, never half a file."""
 
-import json
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._files import write_bytes, write_json
+from .._files import dump_json, parse_json, read_json_object, require_object, write_bytes, write_json
 from .config import VAEConfig
 
 WEIGHTS = "model.safetensors"
@@ -15,9 +15,10 @@ CONFIG = "config.json"
 
 
 def save(directory: Path, config: VAEConfig, state: dict[str, Tensor]) -> None:
-    """Write both files, each replaced as a whole; the weights carry the config too, so a wrong pair shows."""
+    """Write both files, each replaced as a whole; beside the weights stand the config, which shows a wrong pair, and a
+    checksum."""
     values = config.to_dict()
-    write_files(directory, WEIGHTS, state, values, {"config": json.dumps(values)})
+    write_files(directory, WEIGHTS, state, values, {"config": dump_json(values), "sha256": checksum(state)})
 
 
 def load(directory: Path, device: torch.device | str) -> tuple[VAEConfig, dict[str, Tensor]]:
@@ -27,18 +28,36 @@ def load(directory: Path, device: torch.device | str) -> tuple[VAEConfig, dict[s
         FileNotFoundError: the directory or one of its files is missing.
         ValueError: a damaged file, an unknown config key, or config and weights of different models.
     """
-    values, state, metadata = read_files(directory, WEIGHTS, device, writer="save_pretrained")
+    values, state, metadata = read_files(directory, WEIGHTS, "cpu", writer="save_pretrained")
+    if "sha256" in metadata and metadata["sha256"] != checksum(state):
+        raise ValueError(
+            f"{directory / WEIGHTS} is damaged: its weights are not those that were saved. Copy or save it again."
+        )
+    state = {name: tensor.to(device) for name, tensor in state.items()}
     path = directory / CONFIG
     try:
         config = VAEConfig.from_dict(values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    if "config" in metadata and VAEConfig.from_dict(json.loads(metadata["config"])) != config:
+    source = f"the config in {directory / WEIGHTS}"
+    if (
+        "config" in metadata
+        and VAEConfig.from_dict(require_object(parse_json(metadata["config"], source), source)) != config
+    ):
         raise ValueError(
             f"{path} and {directory / WEIGHTS} belong to different models: a save was interrupted between them, or one "
             f"was edited. The weights were saved with {metadata['config']}; put that into {CONFIG}, or save again."
         )
     return config, state
+
+
+def checksum(state: dict[str, Tensor]) -> str:
+    """SHA-256 of the names, dtypes, shapes and bytes of tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def write_files(
@@ -67,7 +86,7 @@ def read_files(
     missing = [name for name in (CONFIG, weights) if not (directory / name).is_file()]
     if missing:
         raise FileNotFoundError(f"{directory} lacks {' and '.join(missing)}. Pass a directory that {writer} wrote.")
-    config = _read_object(directory / CONFIG)
+    config = read_json_object(directory / CONFIG)
     path = directory / weights
     try:
         with safetensors.safe_open(path, framework="pt", device=str(device)) as file:
@@ -76,16 +95,6 @@ def read_files(
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is damaged or not a safetensors file ({error}). Copy or save it again.") from error
     return config, state, metadata
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}). Copy or save it again.") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a JSON object with a model's config; got {type(values).__name__}.")
-    return values
 
 
 def _safetensors() -> Any:

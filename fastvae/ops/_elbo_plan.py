@@ -11,9 +11,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastvae_kernels.types import Clamp, ElboNumbers, ElboOptions, ElboTensors, FreeBitsOptions, TensorMeta
+from fastvae_kernels.types import (
+    Clamp,
+    ElboNumbers,
+    ElboOptions,
+    ElboTensors,
+    ErrorOptions,
+    FreeBitsOptions,
+    TensorMeta,
+    compute_dtype,
+)
 
 from .. import _backend, _checks
+from .._dtypes import in_dtype
 from .._strides import needs_copy
 from ..likelihoods import SPECS, LikelihoodSpec
 from ..regularizers import FreeBits
@@ -74,7 +84,9 @@ def normalizer(reduction: str, numel: int, batch: int) -> float:
     """Factor on the sum of a term; NaN where torch's mean over nothing is."""
     if reduction == "sum" or reduction == "none":
         return 1.0
-    divisor = batch if reduction == "batchmean" else numel
+    divisor: Any = batch if reduction == "batchmean" else numel
+    if isinstance(divisor, Tensor):  # torch.jit.trace keeps sizes variable
+        divisor = divisor.double()
     return 1.0 / divisor if divisor else math.nan
 
 
@@ -88,15 +100,15 @@ def resolve(spec: LossSpec, tensors: ElboTensors) -> ElboOptions:
         kl_normalizer=normalizer(spec.kl_reduction, n_latents, like.shape[0]),
         per_sample="none" in (spec.kl_reduction, spec.recon_reduction),
         logvar_clamp=spec.logvar_clamp,
-        free_bits=None if spec.free_bits is None else FreeBitsOptions(float(spec.free_bits.nats), spec.free_bits.mode),
+        free_bits=_free_bits(spec, tensors),
         capacity_mode=spec.capacity_mode,
     )
     if likelihood is None:
         return options
-    inverse_scale = math.exp(-likelihood.log_scale)
+    inverse_scale = _exp(-likelihood.log_scale)
     recon = tensors.recon
     return options._replace(
-        error=likelihood.error,
+        error=_error(likelihood, tensors),
         error_weight=likelihood.nll_weight * inverse_scale * likelihood.factor,
         extra_weight=likelihood.nll_weight * inverse_scale,
         nll_weight=likelihood.nll_weight,
@@ -105,6 +117,27 @@ def resolve(spec: LossSpec, tensors: ElboTensors) -> ElboOptions:
         recon_normalizer=normalizer(spec.recon_reduction, recon.numel(), recon.shape[0]),
         mask_normalize=likelihood.mask_normalize and tensors.mask is not None,
     )
+
+
+def _free_bits(spec: LossSpec, tensors: ElboTensors) -> FreeBitsOptions | None:
+    if spec.free_bits is None:
+        return None
+    nats = in_dtype(float(spec.free_bits.nats), compute_dtype(*tensors[4:8], tensors.kl))
+    return FreeBitsOptions(nats, spec.free_bits.mode)
+
+
+def _error(likelihood: LikelihoodSpec, tensors: ElboTensors) -> ErrorOptions:
+    """With constants that the dtype of arithmetic can represent."""
+    name, *constants = likelihood.error
+    dtype = compute_dtype(tensors.recon, tensors.target)
+    return ErrorOptions(name, *(in_dtype(constant, dtype) for constant in constants))
+
+
+def _exp(x: float) -> float:
+    try:
+        return math.exp(x)
+    except OverflowError:
+        return math.inf
 
 
 @lru_cache(maxsize=1024)

@@ -30,7 +30,7 @@ def elbo(tensors: Sequence[Any], numbers: Sequence[Any], spec: Sequence[Any]) ->
         tensors, numbers, spec: The fields of `ElboTensors`, `ElboNumbers` and `LossSpec`; plain tuples, because to name
             their fields takes as long as to look up the plan.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if _backend.is_traced() or torch._C._len_torch_dispatch_stack():
         return _traced(ElboTensors(*tensors), ElboNumbers(*numbers), LossSpec(*spec))
     given = [t for t in tensors if t is not None]
     try:

@@ -10,3 +10,4 @@ from .metrics import NonFiniteLossError as NonFiniteLossError
 from .metrics import bits_per_dim as bits_per_dim
 from .objective import Objective as Objective
 from .run_folder import RunFolderError as RunFolderError
+from .run_lock import RunLockedError as RunLockedError

@@ -1,11 +1,11 @@
 """The options of a training run."""
 
-import json
-import math
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from .._files import CONFIG_FILE as CONFIG_FILE
+from .._files import read_json_object
 from .objective_options import (
     CapacityMode,
     FreeBitsMode,
@@ -15,13 +15,17 @@ from .objective_options import (
     ScheduleName,
     check_objective,
 )
+from .option_types import convert_options, option_types
 
-CONFIG_FILE = "config.json"
-
-# what a resumed run may change without changing what it learns; `out` and `resume` only say where the run folder is
+# what a resumed run may change without changing what it learns; `out` and `resume` only say where the run folder is,
+# and `data` where its images are: their content is compared
 FREE_ON_RESUME = frozenset(
-    {"out", "resume", "device", "workers", "cache", "log_every", "checkpoint_every", "log", "shard", "strict"}
+    {"data", "out", "resume", "device", "workers", "cache", "log_every", "checkpoint_every", "log", "shard", "strict"}
 )
+
+FROM_ZERO = frozenset({"warmup_steps", "workers", "beta_delay", "capacity_steps"})
+MOST = 2**31 - 1  # sizes and numbers of steps, so that no product of two of them overflows int64
+SEEDS = 2**64
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,8 @@ class TrainConfig:
 
     data: str = "fashion-mnist"
     """Images to learn: "fashion-mnist" (comes with fastvae), "photos" (colour crops of photographs that scikit-image
-    and scikit-learn carry), a folder of images, x.npy, x.npz, idx:DIR or hf:NAME[:SPLIT[:COLUMN]]."""
+    and scikit-learn carry), a folder of images, x.npy, x.npz, idx:DIR or hf:NAME[:SPLIT[:COLUMN]]. A run keeps the
+    absolute path, and a resumed run checks that the images are the same wherever they lie."""
     out: Path | None = None
     """Run folder to create; runs/DATA-TIMESTAMP if not given. Nothing is ever overwritten in it."""
     resume: Path | None = None
@@ -42,7 +47,8 @@ class TrainConfig:
     image_size: tuple[int, int] | None = None
     """Height and width to resize every image to; the images' own size if not given."""
     strict: bool = False
-    """Stop at a damaged file in a folder of images, instead of leaving it out and listing it in skipped.json."""
+    """Stop at a damaged image, or at a folder that cannot be listed, instead of leaving it out and listing it in
+    skipped.json."""
     validation: float = 0.1
     """Share of the images held out for validation; which images does not depend on the seed."""
     epochs: int = 20
@@ -151,37 +157,24 @@ class TrainConfig:
     """Bounds of the posterior's log variance."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "epochs",
-            "batch_size",
-            "accumulate",
-            "log_every",
-            "checkpoint_every",
-            "latent_dim",
-            "width",
-            "hidden",
-            "latent_channels",
-        ):
-            _require(getattr(self, name) >= 1, self, name, "at least 1")
-        for name in ("warmup_steps", "workers", "seed"):
-            _require(getattr(self, name) >= 0, self, name, "at least 0")
-        for name in ("learning_rate", "clip_norm"):
+        convert_options(self)
+        for name, option in option_types(type(self)).items():
             value = getattr(self, name)
-            _require(value > 0 and math.isfinite(value), self, name, "a positive finite number")
-        _require(
-            self.weight_decay >= 0 and math.isfinite(self.weight_decay),
-            self,
-            "weight_decay",
-            "a finite number, at least 0",
-        )
+            if option.kind is int and option.length is None and value is not None and name != "seed":
+                least = 0 if name in FROM_ZERO else 1
+                _require(value >= least, self, name, f"at least {least}")
+                _require(value <= MOST, self, name, f"at most {MOST}")
+        _require(0 <= self.seed < SEEDS, self, "seed", "at least 0 and below 2**64")
+        for name in ("learning_rate", "clip_norm"):
+            _require(getattr(self, name) > 0, self, name, "a positive finite number")
+        _require(self.weight_decay >= 0, self, "weight_decay", "a finite number, at least 0")
         _require(self.ema is None or 0 < self.ema < 1, self, "ema", "between 0 and 1, both excluded")
         _require(0 < self.validation < 1, self, "validation", "between 0 and 1, both excluded")
-        _require(self.image_size is None or min(self.image_size) >= 1, self, "image_size", "two sizes of at least 1")
-        _require(self.precision in ("fp32", "bf16", "fp16"), self, "precision", "fp32, bf16 or fp16")
+        size = self.image_size
+        _require(size is None or min(size) >= 1, self, "image_size", "two sizes of at least 1")
+        _require(size is None or max(size) <= MOST, self, "image_size", f"two sizes of at most {MOST}")
         unscaled = not (self.shard and self.precision == "fp16")
         _require(unscaled, self, "precision", "fp32 or bf16 with shard, where the losses have no common scale")
-        _require(self.cache in ("auto", "device", "none"), self, "cache", "auto, device or none")
-        _require(self.log in (None, "tensorboard"), self, "log", "tensorboard or not given")
         check_objective(self)
 
     def to_json(self) -> dict[str, Any]:
@@ -193,7 +186,7 @@ class TrainConfig:
         """The config that `to_json` wrote.
 
         Raises:
-            ValueError: a name is no option of this version.
+            ValueError: a name is no option of this version, or its value is not allowed.
         """
         unknown = sorted(values.keys() - {field.name for field in fields(cls)})
         if unknown:
@@ -201,9 +194,7 @@ class TrainConfig:
                 f"a run's config has options that this version of fastvae does not know: {', '.join(unknown)}. "
                 "Use the version that wrote it."
             )
-        paths = {name: Path(values[name]) for name in ("out", "resume") if values.get(name) is not None}
-        pairs = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-        return cls(**{**values, **paths, **pairs})
+        return cls(**values)
 
     @classmethod
     def from_run(cls, run: Path) -> Self:
@@ -213,7 +204,11 @@ class TrainConfig:
             FileNotFoundError: the folder holds no run.
             ValueError: its config.json cannot be read.
         """
-        return replace(cls.from_json(read_run_config(run)), out=None, resume=run)
+        values = read_run_config(run)
+        try:
+            return replace(cls.from_json(values), out=None, resume=run)
+        except ValueError as error:
+            raise ValueError(f"{run / CONFIG_FILE}: {error}") from error
 
     def require_same(self, other: Self, owner: str) -> None:
         """Check that `other` would learn what this config learns; `owner` says in the error whose config this is.
@@ -244,13 +239,7 @@ def read_run_config(run: Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{run} is not a run folder: it has no {CONFIG_FILE}. Pass a folder that training made."
         )
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # both JSON and encoding errors are ValueErrors
-        raise ValueError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a JSON object; it holds a {type(values).__name__}.")
-    return values
+    return read_json_object(path)
 
 
 def _require(holds: bool, config: TrainConfig, name: str, allowed: str) -> None:

@@ -14,6 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from .checkpoint import CHECKPOINT_FILE
 from .config import CONFIG_FILE, TrainConfig
 
+NOT_TORCHRUN = "Start several processes with torchrun; for a single one, unset WORLD_SIZE."
+
 
 @dataclass(frozen=True)
 class World:
@@ -47,6 +49,14 @@ class World:
         parts: list[Any] = [None] * self.size
         dist.all_gather_object(parts, tensor)
         return torch.cat(parts)
+
+    def gathered(self, entries: dict[str, Any]) -> dict[str, Any]:
+        """The entries of all processes."""
+        if self.size == 1:
+            return entries
+        parts: list[Any] = [None] * self.size
+        dist.all_gather_object(parts, entries)
+        return {name: value for part in parts for name, value in part.items()}
 
     def largest(self, number: int) -> int:
         """The largest of the processes' numbers, which no GPU has to wait for."""
@@ -97,12 +107,15 @@ def world_of(device: torch.device) -> Iterator[World]:
     if dist.is_available() and dist.is_initialized():
         yield World(dist.get_rank(), dist.get_world_size())
         return
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if not is_started_by_torchrun():
         yield ALONE
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    store, rank, size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+    try:
+        store, rank, size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"the processes of torchrun cannot meet: {str(error).rstrip('.')}. {NOT_TORCHRUN}") from error
     # torchrun keeps its store through restarts: without a prefix the addresses of those who fell are found there
     store = dist.PrefixStore(f"attempt {restarts()}", store)  # type: ignore[attr-defined]
     dist.init_process_group(
@@ -129,19 +142,44 @@ def wait_for_all(store: Any, size: int) -> None:
 
 def restarts() -> int:
     """How many times torchrun has started the processes anew."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    return _number("TORCHELASTIC_RESTART_COUNT", 0)
+
+
+def is_started_by_torchrun() -> bool:
+    """Whether this is one of several processes, as the environment says.
+
+    Raises:
+        ValueError: the environment says so and lacks what torchrun sets, or holds no numbers.
+    """
+    size = _number("WORLD_SIZE", 1)
+    if size == 1:
+        return False
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing or not 0 <= _number("RANK", 0) < size:
+        lacks = f"{' and '.join(missing)} are missing" if missing else f"RANK is {os.environ['RANK']}"
+        raise ValueError(f"WORLD_SIZE is {size}, but {lacks}. {NOT_TORCHRUN}")
+    return True
 
 
 def is_first_process() -> bool:
-    """Whether this process reports, known before any group is made."""
-    return os.environ.get("RANK", "0") == "0"
+    """Whether this process reports, known before any group is made; errors as `is_started_by_torchrun`."""
+    return not is_started_by_torchrun() or _number("RANK", 0) == 0
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name) or str(default)
+    if not text.isdecimal():
+        raise ValueError(f"the environment variable {name} must be a whole number; it is {text!r}. {NOT_TORCHRUN}")
+    return int(text)
 
 
 def own_device(device: torch.device) -> torch.device:
     """Of the machine's devices of this kind, the one of this process, unless one is named."""
     if device.type == "cpu" or (device.index or 0) > 0 or "LOCAL_RANK" not in os.environ:
         return device
-    return torch.device(device.type, int(os.environ["LOCAL_RANK"]))
+    if not (dist.is_available() and dist.is_initialized()) and not is_started_by_torchrun():
+        return device
+    return torch.device(device.type, _number("LOCAL_RANK", 0))
 
 
 def resumed_after_restart(config: TrainConfig) -> TrainConfig:

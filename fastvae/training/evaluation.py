@@ -13,13 +13,13 @@ from torch.utils.data import Dataset, Subset
 import fastvae
 from fastvae.likelihoods import L1, L2, Bernoulli, BernoulliProbs, Gaussian, Likelihood, Scaled
 from fastvae.models import VAE
+from fastvae.statistics import ACTIVE_VARIANCE
 
 from .batches import all_batches
 from .distributed import ALONE, World
 from .metrics import bits_per_dim
 from .objective import Objective
 
-ACTIVE_VARIANCE = 0.01
 EVALUATION_SEED = 0
 
 
@@ -39,7 +39,7 @@ class Evaluation:
     kl: float
     bits_per_dim: float
     active_units: int
-    """Latent dimensions j with Var(mu_j) > 0.01 over the images (Burda et al., arXiv:1509.00519, section 5.1)."""
+    """Latent dimensions whose mean has a variance of at least 0.01 over the images, as in `fastvae.latent_stats`."""
     latent_dim: int
 
 
@@ -52,8 +52,8 @@ class Latents:
 
     @property
     def active(self) -> Tensor:
-        """Which dimensions carry information: Var(mu_j) > 0.01; [latent_dim] bool."""
-        return self.mu.var(dim=0, correction=0) > ACTIVE_VARIANCE
+        """Which dimensions carry information, as `fastvae.latent_stats` counts them; [latent_dim] bool."""
+        return fastvae.latent_stats(self.mu, torch.zeros_like(self.mu)).variance >= ACTIVE_VARIANCE
 
 
 class Scores(NamedTuple):

@@ -1,6 +1,6 @@
 """What a training run reports while it goes on; `train` itself prints nothing."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ class Started:
     total_steps: int
     baseline: float
     """Validation nats per image of the latent-free baseline."""
-    skipped: int = 0
-    """Damaged files that were left out; skipped.json of the run folder has them."""
+    skipped: dict[str, str] = field(default_factory=dict)
+    """Why each damaged or unsupported file or folder was left out, as in skipped.json of the run folder."""
 
 
 @dataclass(frozen=True)

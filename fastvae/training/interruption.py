@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a run after the step in progress, with a checkpoint."""
+"""Ctrl-C, SIGTERM and SIGHUP end a run after the step in progress, with a checkpoint."""
 
 import signal
 import threading
@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
 from types import FrameType
+
+SIGHUP = getattr(signal, "SIGHUP", None)  # Windows has none
+SIGNALS = [signal.SIGINT, signal.SIGTERM, *([SIGHUP] if SIGHUP is not None else [])]
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -35,17 +38,18 @@ class PendingSignal:
 
 @contextmanager
 def deferred_signals() -> Iterator[PendingSignal]:
-    """Note SIGINT and SIGTERM instead of acting on them; a second one acts as it would have without this.
+    """Note SIGINT, SIGTERM and SIGHUP instead of acting on them; a second one acts as it would have without this.
 
-    Only the main thread may handle signals; in any other thread nothing is changed.
+    SIGHUP stays ignored where it is, as under nohup. SIGINT does not: shells ignore it for every job of a script that
+    runs in the background. Only the main thread may handle signals; in any other thread nothing is changed.
     """
     pending = PendingSignal()
     if threading.current_thread() is not threading.main_thread():
         yield pending
         return
-    watched = (signal.SIGINT, signal.SIGTERM)
     # a handler that C code installed reads as None, and cannot be put back from here
-    previous = {number: signal.getsignal(number) or signal.SIG_DFL for number in watched}
+    handlers = {number: signal.getsignal(number) or signal.SIG_DFL for number in SIGNALS}
+    previous = {number: old for number, old in handlers.items() if number != SIGHUP or old != signal.SIG_IGN}
 
     def restore() -> None:
         for number, handler in previous.items():
@@ -55,7 +59,7 @@ def deferred_signals() -> Iterator[PendingSignal]:
         pending.signal = Signals(number)
         restore()
 
-    for number in watched:
+    for number in previous:
         signal.signal(number, note)
     try:
         yield pending

@@ -4,6 +4,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from signal import Signals
@@ -18,7 +19,7 @@ from fastvae.models import VAE
 
 from .._files import write_json
 from .batches import batches_of, epoch_order, load_batches, resident_images, stack_images
-from .checkpoint import CHECKPOINT_FILE, load_checkpoint, save_checkpoint
+from .checkpoint import CHECKPOINT_FILE, load_checkpoint, restore, save_checkpoint
 from .config import CONFIG_FILE, TrainConfig
 from .distributed import World, own_device, resumed_after_restart, world_of
 from .evaluation import Evaluation, baseline_nats, evaluate, evaluation_mode
@@ -28,9 +29,10 @@ from .interruption import TrainingInterrupted, deferred_signals
 from .metrics import FiniteWatch, RunningMean
 from .objective import Objective, decode_to_images
 from .recorder import Recorder
-from .run_folder import choose_run_folder, naming_the_run
+from .run_folder import locked_run_folder, naming_the_run
 from .schedule import learning_rate
-from .setup import averaged_over_steps, make_optimizer, model_config, resolve_device
+from .setup import averaged_over_steps, make_optimizer, model_config, require_memory, resolve_device
+from .split import split_of_run
 from .step import accumulated, clip_gradients, shared_batch_size
 
 # devices where reading a value waits for nothing; on others the loss is checked when it is read anyway
@@ -60,8 +62,8 @@ def train(
     """Train a VAE, and leave weights, metrics, checkpoint and pictures in a run folder.
 
     On a CPU the weights follow from the config bit for bit, however often the run was stopped and resumed, and glibc's
-    malloc keeps from then on what the process frees. torch's default random generators are reseeded. SIGINT and SIGTERM
-    are acted on between two steps while training.
+    malloc keeps from then on what the process frees. torch's default random generators are reseeded. SIGINT, SIGTERM
+    and SIGHUP, unless it is ignored as under nohup, are acted on between two steps while training.
 
     Under torchrun, or in a process group that exists, all processes train as one: each takes its share of every batch,
     with the noise that a single process would draw there, so their number changes results by rounding alone. The first
@@ -76,7 +78,7 @@ def train(
         Where the results are, and the final figures.
 
     Raises:
-        FileExistsError: the run folder holds something already.
+        FileExistsError: the run folder holds something already, or another training writes to it (`RunLockedError`).
         ValueError: the options do not fit the data, or not the run that is resumed, or a checkpoint is damaged.
         RunFolderError: the run folder cannot be written, such as on a full disk; the last checkpoint is kept.
         NonFiniteLossError: the loss or its gradient was not finite; the last good checkpoint is kept.
@@ -86,15 +88,19 @@ def train(
     from . import pictures, report
 
     config = resumed_after_restart(config)
+    if dataset is None:  # the same files from whatever folder the run is used
+        config = replace(config, data=data.absolute_source(config.data))
     device = own_device(resolve_device(config.device))
     if device.type == "cpu":
         keep_freed_memory()
-    with world_of(device) as world:
-        return _train(config, dataset, device, world, on_event, pictures, report)
+    with world_of(device) as world, ExitStack() as stack:
+        first = stack.enter_context(locked_run_folder(config)) if world.is_first else None
+        return _train(config, world.from_first(first), dataset, device, world, on_event, pictures, report)
 
 
 def _train(
     config: TrainConfig,
+    run: Path,
     dataset: Dataset[Any] | None,
     device: torch.device,
     world: World,
@@ -103,19 +109,22 @@ def _train(
     report: Any,
 ) -> TrainResult:
     notify = on_event if on_event is not None and world.is_first else lambda event: None
-    run = world.from_first(choose_run_folder(config) if world.is_first else None)
+    source = config.data if dataset is None else ""
     if dataset is None:
         dataset = data.load(config.data, image_size=config.image_size, strict=config.strict)
     skipped: dict[str, str] = getattr(dataset, "skipped", {})
-    train_set, validation_set = data.split(dataset, validation=config.validation)
+    split = world.from_first(split_of_run(run, config, dataset, source) if world.is_first else None)
+    train_set, validation_set = split.subsets(dataset)
     shape = tuple(stack_images([train_set[0]]).shape[1:])
     batch_size = shared_batch_size(config, len(train_set), world.size)
     steps_per_epoch = len(train_set) // batch_size
     total_steps = config.epochs * steps_per_epoch
 
+    sharded = config.shard and world.size > 1
+    if not sharded:
+        require_memory(model_config(config, shape), device)
     torch.manual_seed(config.seed)
     model = VAE(model_config(config, shape)).to(device)
-    sharded = config.shard and world.size > 1
     if config.channels_last and not sharded:  # FSDP2 takes contiguous weights only
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     objective = Objective.of(config, model, batch_size=batch_size, total_steps=total_steps).to(device)
@@ -152,21 +161,19 @@ def _train(
         if sharded or "shards" in state:
             from . import sharding
 
-            state = sharding.fitted(run / CHECKPOINT_FILE, state, stateful)
-        step = state["step"]
-        for name, part in stateful.items():
-            part.load_state_dict(state.get(name, {}))
+            state = sharding.fitted(run / CHECKPOINT_FILE, state, stateful, world)
+        step = restore(run / CHECKPOINT_FILE, state, stateful)
     if world.is_first:
         with naming_the_run(run):
-            run.mkdir(parents=True, exist_ok=True)
-            write_json(run / CONFIG_FILE, replace(config, out=run, resume=None).to_json())
+            write_json(run / CONFIG_FILE, replace(config, out=run.resolve(), resume=None).to_json())
+            split.save(run)
             if skipped:
                 write_json(run / "skipped.json", skipped)
     counts = {"step": step, "steps_per_epoch": steps_per_epoch, "dimensions": math.prod(shape)}
     recorder = Recorder(run, config, notify, **counts, writes=world.is_first)
     n_parameters = sum(p.numel() for p in parameters)
     sizes = len(train_set), len(validation_set), n_parameters
-    notify(Started(run, str(device), *sizes, step, total_steps, baseline, len(skipped)))
+    notify(Started(run, str(device), *sizes, step, total_steps, baseline, skipped))
 
     def gather_best() -> None:
         if sharded:

@@ -1,6 +1,7 @@
 """What a run minimises: a model and its loss as one module, so that both are trained, averaged and saved alike."""
 
 import math
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from fastvae.models import VAE
 from fastvae.models.vae import VAEOutput
 from fastvae.regularizers import Capacity, FreeBits
 
-from .checkpoint import CHECKPOINT_FILE, load_part
+from .checkpoint import CHECKPOINT_FILE, load_part, restore
 from .config import TrainConfig
 from .objective_options import loss_options
 from .perceptual import Distance, lpips_distance
@@ -68,7 +69,7 @@ class Objective(nn.Module):
             return_terms=True,
             recon_weight=recon_weight,
             free_bits=free_bits,
-            capacity=_capacity(config),
+            capacity=_capacity(config, total_steps),
             logvar_clamp=clamp if _by_dimension(free_bits) else None,
             **options,
         )
@@ -97,7 +98,8 @@ class Objective(nn.Module):
         if own:
             part, prefix = ("ema", "module.criterion.") if config.ema else ("criterion", "")
             saved = load_part(run / CHECKPOINT_FILE, part)
-            criterion.load_state_dict({name: saved[prefix + name] for name in own})
+            named = {name: saved[prefix + name] for name in own if prefix + name in saved}
+            restore(run / CHECKPOINT_FILE, {"step": 0, "criterion": named}, {"criterion": criterion})
         device = next(model.parameters()).device
         return cls(model, criterion.to(device), logvar_clamp=options.get("logvar_clamp"))
 
@@ -192,29 +194,37 @@ def _beta(config: TrainConfig, end: float, unit: float, total_steps: int) -> flo
     if config.beta_schedule == "constant":
         return end * unit
     start, end = config.beta_start * unit, end * unit
-    rest = max(1, total_steps - config.beta_delay)
+    delay = config.beta_delay
+    schedule: schedules.Schedule
     if config.beta_schedule == "cyclical":
-        return schedules.Cyclical(
-            start,
-            end,
-            config.beta_steps or rest,
-            config.beta_cycles,
-            config.beta_ratio,
-            config.beta_shape,
-            zero_ratio=config.beta_zero_ratio,
-            delay=config.beta_delay,
-        )
-    ramps = {"linear": schedules.Linear, "cosine": schedules.Cosine, "sigmoid": schedules.Sigmoid}
-    steps = config.beta_steps or max(1, total_steps // 2)
-    return ramps[config.beta_schedule](start, end, steps, delay=config.beta_delay)
+        steps = config.beta_steps or max(1, total_steps - delay)
+        cycles, ratio, shape = config.beta_cycles, config.beta_ratio, config.beta_shape
+        zero_ratio = config.beta_zero_ratio
+        schedule = schedules.Cyclical(start, end, steps, cycles, ratio, shape, zero_ratio=zero_ratio, delay=delay)
+    else:
+        ramps = {"linear": schedules.Linear, "cosine": schedules.Cosine, "sigmoid": schedules.Sigmoid}
+        steps = config.beta_steps or max(1, total_steps // 2)
+        schedule = ramps[config.beta_schedule](start, end, steps, delay=delay)
+    _warn_if_longer("beta", schedule.delay + schedule.steps, total_steps)
+    return schedule
 
 
-def _capacity(config: TrainConfig) -> Capacity | None:
+def _capacity(config: TrainConfig, total_steps: int) -> Capacity | None:
     if config.capacity is None:
         return None
     if config.capacity_steps == 0:
         return Capacity(config.capacity, config.capacity_mode)
+    _warn_if_longer("capacity", config.capacity_steps, total_steps)
     return Capacity(schedules.Linear(0.0, config.capacity, config.capacity_steps), config.capacity_mode)  # type: ignore[arg-type]
+
+
+def _warn_if_longer(name: str, steps: int, total_steps: int) -> None:
+    if steps > total_steps:
+        warnings.warn(
+            f"the schedule of {name} takes {steps} steps and the run has {total_steps}, so {name} does not reach its "
+            f"end. Lower --{name}-steps{' or --beta-delay' if name == 'beta' else ''}, or train for more --epochs.",
+            stacklevel=2,
+        )
 
 
 def _by_dimension(free_bits: FreeBits | None) -> bool:

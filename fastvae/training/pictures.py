@@ -1,6 +1,7 @@
 """What a model learnt, as pictures: grids of images, the loss curve, the latent space."""
 
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,8 @@ def save_loss_curve(path: Path, records: list[dict[str, Any]], baseline: float) 
             axes.plot(steps, values, style, marker=marker, markersize=3, linewidth=1, color=colour, label=label)
     axes.axhline(baseline, color="gray", linewidth=1, linestyle=":", label="baseline (per-pixel mean)")
     axes.set(xlabel="step", ylabel="nats per image", title="Negative ELBO and its terms")
-    axes.set_ylim(0, 1.5 * max([baseline, *(record["nats"] for record in records if record["split"] == "validation")]))
+    heights = [baseline, *(record["nats"] for record in records if record["split"] == "validation")]
+    axes.set_ylim(0, 1.5 * max((height for height in heights if math.isfinite(height)), default=1.0))
     axes.legend(fontsize="small")
     return _save_figure(path, figure)
 

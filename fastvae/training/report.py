@@ -1,7 +1,6 @@
 """What became of a run: its evaluation, its pictures, and all of it as one page that needs nothing beside it."""
 
 import base64
-import json
 import math
 from dataclasses import asdict
 from importlib import resources
@@ -14,7 +13,7 @@ from torch.utils.data import Dataset
 
 from fastvae.models import VAE
 
-from .._files import write_bytes, write_json
+from .._files import dump_json, null_non_finite, write_bytes, write_json
 from .batches import labels_of, load_batches, spread
 from .config import read_run_config
 from .evaluation import Latents, Scores, as_unit_interval
@@ -49,7 +48,7 @@ def summarize(
         The pictures and the report.
     """
     evaluation, latents = scores.evaluation, scores.latents
-    write_json(run / "evaluation.json", {**asdict(evaluation), "baseline": baseline})
+    write_json(run / "evaluation.json", null_non_finite({**asdict(evaluation), "baseline": baseline}))
     with decode_to_images(objective):
         drawn = save_all(run, objective.model, validation, latents, records=records, baseline=baseline)
         page = {
@@ -75,7 +74,7 @@ def summarize(
             "config": read_run_config(run),
         }
     # in a script element only its end tag is special
-    content = json.dumps(page, allow_nan=False).replace("</", "<\\/")
+    content = dump_json(null_non_finite(page)).replace("</", "<\\/")
     template = resources.files(__package__).joinpath("report.html").read_text(encoding="utf-8")
     write_bytes(run / REPORT, template.replace("/*DATA*/", content).encode())
     return [run / REPORT, *drawn]

@@ -1,18 +1,33 @@
 """The folder of a run: which one it is, and its metrics."""
 
-import json
+import itertools
+import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from .._files import TEMPORARY_SUFFIX, write_bytes
+from .._files import (
+    TEMPORARY_SUFFIX,
+    dump_json,
+    null_non_finite,
+    parse_json,
+    require_object,
+    require_regular,
+    write_bytes,
+)
 from .checkpoint import CHECKPOINT_FILE
 from .config import TrainConfig
+from .run_lock import LOCK_FILE, RunLockedError, lock_run
 
 METRICS_FILE = "metrics.jsonl"
+# what the pictures, the report and a resumed run read of each line
+NUMBER = (int, float)
+RECORD = {"step": int, "epoch": int, "split": str} | dict.fromkeys(
+    ("loss", "recon", "kl", "nats", "bits_per_dim"), NUMBER
+)
 
 
 class RunFolderError(OSError):
@@ -27,7 +42,7 @@ def naming_the_run(run: Path) -> Iterator[None]:
     """
     try:
         yield
-    except FileNotFoundError:  # the folder itself has gone, or an image to draw: its own words are clearer
+    except (FileNotFoundError, RunLockedError):  # the folder or an image to draw has gone: their own words are clearer
         raise
     except OSError as error:
         remedy = "Free space, set its permissions, or choose another --out; there is no checkpoint yet."
@@ -39,40 +54,58 @@ def naming_the_run(run: Path) -> Iterator[None]:
         raise RunFolderError(f"cannot write to the run folder {run}: {error}. {remedy}") from error
 
 
-def choose_run_folder(config: TrainConfig) -> Path:
-    """The folder of the run: the one to resume, `out`, or runs/DATA-TIMESTAMP; made later, once the data is there.
+@contextmanager
+def locked_run_folder(config: TrainConfig) -> Iterator[Path]:
+    """`choose_run_folder`, made and kept from other trainings inside the block.
 
     Raises:
+        RunFolderError: it cannot be made.
+        RunLockedError: another training writes to it.
         FileExistsError: a new run would start in a folder that is not empty.
+        FileNotFoundError, ValueError: as `choose_run_folder`.
+    """
+    run = choose_run_folder(config)
+    with ExitStack() as stack:
+        with naming_the_run(run):
+            stack.enter_context(lock_run(run))
+        if config.resume is None:
+            _require_empty(run)
+        yield run
+
+
+def choose_run_folder(config: TrainConfig) -> Path:
+    """The folder of the run: the one to resume, `out`, or runs/DATA-TIMESTAMP.
+
+    Raises:
+        FileExistsError: a new run would start in the place of a file.
         FileNotFoundError: there is no run to resume.
         ValueError: the run has other options, or `out` is another folder than `resume`.
     """
     if config.resume is None:
         name = Path(config.data.removeprefix("idx:")).stem or "data"
-        run = config.out or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
-        _require_free(run)
+        run = config.out or _unused(Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
+        if run.exists() and not run.is_dir():
+            raise FileExistsError(f"the run folder {run} is a file. Choose another --out.")
         return run
     run = config.resume
-    if config.out is not None and config.out.resolve() != run.resolve():
+    if config.out is not None and os.path.realpath(config.out) != os.path.realpath(run):
         raise ValueError(f"a resumed run stays in its folder {run}; got --out {config.out}. Leave --out away.")
     TrainConfig.from_run(run).require_same(config, f"the run {run}")
     return run
 
 
-def _require_free(path: Path) -> None:
-    """Refuse a run folder that already holds something.
+def _unused(path: Path) -> Path:
+    """`path`, or with a number after it if something is there, such as a run that began in the same second."""
+    numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return next(candidate for candidate in itertools.chain([path], numbered) if not candidate.exists())
 
-    Raises:
-        FileExistsError: `path` is a folder with files in it, or a file.
-    """
-    if path.is_dir():
-        if any(not entry.name.endswith(TEMPORARY_SUFFIX) for entry in path.iterdir()):
-            raise FileExistsError(
-                f"the run folder {path} is not empty and nothing in it is overwritten. "
-                f"Choose another --out, or continue that run with --resume {path}."
-            )
-    elif path.exists():
-        raise FileExistsError(f"the run folder {path} is a file. Choose another --out.")
+
+def _require_empty(path: Path) -> None:
+    if any(entry.name != LOCK_FILE and not entry.name.endswith(TEMPORARY_SUFFIX) for entry in path.iterdir()):
+        raise FileExistsError(
+            f"the run folder {path} is not empty and nothing in it is overwritten. "
+            f"Choose another --out, or continue that run with --resume {path}."
+        )
 
 
 class MetricsFile:
@@ -86,13 +119,13 @@ class MetricsFile:
         """Open `path` for appending, and keep only the lines up to `step`."""
         self.path = path
         self.records = [record for record in read_metrics(path) if record["step"] <= step] if path.exists() else []
-        write_bytes(path, "".join(json.dumps(record) + "\n" for record in self.records).encode())
+        write_bytes(path, "".join(map(_line, self.records)).encode())
 
     def append(self, record: dict[str, Any]) -> None:
         """Add one line."""
         self.records.append(record)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(_line(record))
 
     def sync(self) -> None:
         """Wait until all lines are on the disk, which takes as long as a step of training, or ten."""
@@ -101,19 +134,32 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; a last line that a kill cut off is left out.
+    """The records of a metrics.jsonl, NaN where a figure was not finite; a last line that a kill cut off is left out.
 
     Raises:
-        ValueError: another line is not a JSON object.
+        ValueError: another line is not a JSON object with a step, a split and figures; the message has its number.
     """
-    lines = path.read_text(encoding="utf-8").splitlines()
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise ValueError(f"{path}, line {number}, is not valid JSON: {error}.") from error
-        records.append(record)
+    require_regular(path)
+    content = path.read_bytes()
+    lines = content.split(b"\n")
+    end = lines.pop()  # empty, unless the last line was cut off
+    records = [_record(line, f"{path}, line {number},") for number, line in enumerate(lines, start=1)]
+    if end:
+        with suppress(ValueError):
+            records.append(_record(end, str(path)))
     return records
+
+
+def _line(record: dict[str, Any]) -> str:
+    return dump_json(null_non_finite(record)) + "\n"
+
+
+def _record(line: bytes, source: str) -> dict[str, Any]:
+    values = require_object(parse_json(line, source), source)
+    record = {name: math.nan if value is None else value for name, value in values.items()}
+    for name, kind in RECORD.items():
+        if isinstance(record.get(name), bool) or not isinstance(record.get(name), kind):
+            raise ValueError(
+                f"{source} must hold a {name}; it holds {values.get(name)!r}. Restore or remove that line."
+            )
+    return record

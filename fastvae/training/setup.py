@@ -1,11 +1,13 @@
 """What a run is made of: its device, its model, its optimizer, its averaged weights."""
 
+import os
 from typing import Any
 
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
-from fastvae.models import VAEConfig
+from fastvae import _backend
+from fastvae.models import VAE, VAEConfig
 
 from .config import TrainConfig
 from .objective import Objective
@@ -15,11 +17,18 @@ def resolve_device(name: str) -> torch.device:
     """The device of an option such as "auto", "cpu" or "cuda:1".
 
     Raises:
-        ValueError: unknown, or not there on this machine.
+        ValueError: unknown, or not there on this machine, or not served by the backend that is chosen.
     """
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if name == "auto":
-        return accelerator or torch.device("cpu")
+    device = (accelerator or torch.device("cpu")) if name == "auto" else _named_device(name, accelerator)
+    try:
+        _backend.backend_of(torch.empty(0, device=device))
+    except RuntimeError as error:
+        raise ValueError(f"{error} The environment variable FASTVAE_BACKEND chooses it.") from error
+    return device
+
+
+def _named_device(name: str, accelerator: torch.device | None) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -61,3 +70,40 @@ def model_config(config: TrainConfig, shape: tuple[int, ...]) -> VAEConfig:
         latent_channels=config.latent_channels,
         checkpointing=config.checkpointing,
     )
+
+
+def require_memory(config: VAEConfig, device: torch.device) -> None:
+    """Refuse a model whose training cannot fit the device.
+
+    Raises:
+        ValueError: weights, gradients and the optimizer's two averages, in fp32, are more than all of its memory.
+    """
+    try:
+        with torch.device("meta"):
+            parameters = sum(parameter.numel() for parameter in VAE(config).parameters())
+    except RuntimeError as error:  # a size that int64 cannot count
+        raise ValueError(f"a model of these sizes is too large: {error}. Choose a smaller one.") from error
+    require_fits(16 * parameters, device, f"to train a model of these sizes, {parameters:,} parameters,")
+
+
+def require_fits(needed: int, device: torch.device, what: str) -> None:
+    """Refuse what needs more bytes than the device has: the system may kill a process that takes too much.
+
+    Raises:
+        ValueError: says that `what` takes too much.
+    """
+    total = total_bytes(device)
+    if total is not None and needed > total:
+        raise ValueError(
+            f"{what} takes {needed / 2**30:,.0f} GiB or more; {device} has {total / 2**30:,.0f} GiB. "
+            "Choose smaller sizes."
+        )
+
+
+def total_bytes(device: torch.device) -> int | None:
+    """All memory of a device; None where the system does not tell."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    if device.type == "cpu" and "SC_PHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None

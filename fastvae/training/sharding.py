@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from .checkpoint import SHARDS
+from .checkpoint import SHARDS, file_digest
 from .distributed import World
 from .objective import Objective
 
@@ -94,16 +94,19 @@ def save_shards(path: Path, state: dict[str, Any], world: World) -> dict[str, An
         state_dict_saver.save({_name(keys): value for keys, value in shards.items()}, storage_writer=writer)
     except CheckpointException as error:
         raise OSError(f"{folder}: {next(iter(error.failures.values()))[0]}") from error
-    return _without(state, shards) | {"shards": {"folder": folder.name, "keys": list(shards)}}
+    own = sorted(folder.iterdir())[world.rank :: world.size]
+    digests = world.gathered({file.name: file_digest(file) for file in own})
+    return _without(state, shards) | {"shards": {"folder": folder.name, "keys": list(shards), "sha256": digests}}
 
 
-def fitted(path: Path, state: dict[str, Any], stateful: dict[str, Any]) -> dict[str, Any]:
+def fitted(path: Path, state: dict[str, Any], stateful: dict[str, Any], world: World) -> dict[str, Any]:
     """The state of a checkpoint, sharded as the run now is: from any number of processes to any other.
 
     Args:
         path: The checkpoint.
         state: What it holds.
         stateful: What will load it, by name; the state of "optimizer" is sharded like its parameters.
+        world: All processes call this.
 
     Raises:
         ValueError: the folder beside the checkpoint is damaged.
@@ -111,6 +114,7 @@ def fitted(path: Path, state: dict[str, Any], stateful: dict[str, Any]) -> dict[
     template = _templates(stateful)
     if "shards" in state:
         saved = state["shards"]
+        _verify(path.with_name(saved["folder"]), saved.get("sha256", {}), world)
         tensors = {keys: torch.empty_like(template(keys)) for keys in saved["keys"]}
         _read(path.with_name(saved["folder"]), {_name(keys): tensor for keys, tensor in tensors.items()})
     else:
@@ -165,6 +169,16 @@ def _distributed(value: Tensor, like: Tensor) -> Tensor:
 
 def _name(keys: Keys) -> str:
     return "/".join(map(str, keys))
+
+
+def _verify(folder: Path, digests: dict[str, str], world: World) -> None:
+    own = list(digests.items())[world.rank :: world.size]
+    differ = [name for name, digest in own if not (folder / name).is_file() or file_digest(folder / name) != digest]
+    if damaged := world.gathered(dict.fromkeys(differ)):
+        raise ValueError(
+            f"the folder {folder} of the checkpoint is damaged or not complete: {', '.join(damaged)}. "
+            "Copy it again, or start a new run."
+        )
 
 
 def _read(folder: Path, tensors: dict[str, Any]) -> None:

@@ -74,6 +74,22 @@ def _held_factor(recon_weight, upstream, strides, coefficients, rows, geometry):
 
 
 @triton.jit
+def _scales_exactly(gradient_ptr, factor):
+    """Whether the product of a stored gradient and `factor` is rounded once.
+
+    In 16 bits that takes a power of two, which changes the exponent alone.
+    """
+    if gradient_ptr is None:
+        exact = True
+    elif gradient_ptr.dtype.element_ty.primitive_bitwidth < 32:
+        mantissa = factor.to(tl.float32).to(tl.int32, bitcast=True) & 0x007FFFFF
+        exact = tl.sum((mantissa != 0).to(tl.int32)) == 0
+    else:
+        exact = True
+    return exact
+
+
+@triton.jit
 def _image_program(
     pid, images, likelihood, geometry, upstream, strides, recon_weight, recon_scale, coefficients, HELD: tl.constexpr
 ):
@@ -101,10 +117,7 @@ def _image_program(
         n_steps = tl.where(tl.sum((factor != 1.0).to(tl.int32)) == 0, 0, geometry.steps)
         exact = True
         if images.target is not None:
-            if images.drecon.dtype.element_ty.primitive_bitwidth < 32:
-                # a power of two moves the exponent alone; any other factor would round a second time
-                mantissa = factor.to(tl.int32, bitcast=True) & 0x007FFFFF
-                exact = tl.sum((mantissa != 0).to(tl.int32)) == 0
+            exact = _scales_exactly(images.drecon, factor) & _scales_exactly(images.dlog_scale, factor)
     for _ in range(n_steps):
         cols = first_col + tl.arange(0, geometry.block_cols)[None, :]
         mask = (rows < geometry.n_rows) & (cols < geometry.n_cols)

@@ -99,7 +99,7 @@ def _sample_terms_kernel(
         mask = rows < n_rows
         weight = _weights(samples, rows, mask)
         recon, kl, regularized, counts, _, _, _, _, _ = sample_terms(sums_ptr, samples, options, capacity, rows, n_rows)
-        recons += tl.where(mask, weight * recon, 0.0)
+        recons += tl.where(mask & (counts != 0), weight * recon, 0.0)
         kls += tl.where(mask, weight * kl, 0.0)
         regularizeds += tl.where(mask, weight * regularized, 0.0)
         n_selected += tl.where(mask, counts, 0.0)
@@ -113,7 +113,8 @@ def _sample_terms_kernel(
     else:
         if MASK_NORMALIZE:
             n = tl.sum(n_selected)
-            normalizer = tl.where(n == 0, 0.0, 1.0 / tl.where(n == 0, 1.0, n))
+            # nothing selected: a term of 0, or of NaN where there is nothing to select from
+            normalizer = tl.where(n == 0, 0.0 * normalizer, 1.0 / tl.where(n == 0, 1.0, n))
         recon_term = tl.sum(recons) * normalizer
         excess = tl.sum(regularizeds) * kl_factor
         regularized_term = excess
@@ -146,15 +147,23 @@ def _upstream(ptr, rows, mask, PER_SAMPLE: tl.constexpr):
 
 
 @triton.jit
+def _stored(value, ptr):
+    """A float64 in the pointer's dtype; to 16 bits by way of float32, as the results of 16-bit inputs are."""
+    if ptr.dtype.element_ty.primitive_bitwidth < 32:
+        value = value.to(tl.float32)
+    return value.to(ptr.dtype.element_ty)
+
+
+@triton.jit
 def _store(ptr, value, rows, mask):
     if ptr is not None:
-        tl.store(ptr + rows, value.to(ptr.dtype.element_ty), mask=mask)
+        tl.store(ptr + rows, _stored(value, ptr), mask=mask)
 
 
 @triton.jit
 def _store_sum(ptr, values):
     if ptr is not None:
-        tl.store(ptr, tl.sum(values).to(ptr.dtype.element_ty))
+        tl.store(ptr, _stored(tl.sum(values), ptr))
 
 
 @triton.jit(do_not_specialize=["kl_normalizer"])
@@ -234,13 +243,13 @@ def _sample_gradients_kernel(
     elif dloss_ptr is not None:
         dloss_of_all = tl.load(dloss_ptr).to(tl.float64)
         if dbeta_ptr is not None:
-            tl.store(dbeta_ptr, (dloss_of_all * (excess * batch_sign)).to(dbeta_ptr.dtype.element_ty))
+            tl.store(dbeta_ptr, _stored(dloss_of_all * (excess * batch_sign), dbeta_ptr))
         if drecon_weight_ptr is not None:
-            tl.store(drecon_weight_ptr, (dloss_of_all * recon_term).to(drecon_weight_ptr.dtype.element_ty))
+            tl.store(drecon_weight_ptr, _stored(dloss_of_all * recon_term, drecon_weight_ptr))
         if dcapacity_ptr is not None:
             if BATCH_CAPACITY:
                 dcapacity = -dloss_of_all * beta * batch_sign * (kl_factor * n_rows)
-                tl.store(dcapacity_ptr, dcapacity.to(dcapacity_ptr.dtype.element_ty))
+                tl.store(dcapacity_ptr, _stored(dcapacity, dcapacity_ptr))
             else:
                 _store_sum(dcapacity_ptr, dcapacities)
 

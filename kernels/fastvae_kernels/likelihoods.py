@@ -5,6 +5,7 @@ One generic kernel takes a pair as constants, so a new likelihood is a new pair 
 stand to the right of tensors: the interpreter knows no product of a constant and a tensor.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -110,9 +111,9 @@ def _sigmoid(x):
 
 @triton.jit
 def _bernoulli_error(logits, target, parameter):
-    """log(1 + exp(logits)) - logits * target"""
-    largest = tl.where(logits < 0, 0.0, logits)
-    return (largest - logits * target) + log1p(exp(-tl.abs(logits), logits.dtype))
+    """log(1 + exp(logits)) - logits * target, without a difference of the two, which is NaN where both are infinite"""
+    size = tl.abs(logits)
+    return size * tl.where(logits < 0, target, 1.0 - target) + log1p(exp(-size, logits.dtype))
 
 
 @triton.jit
@@ -192,5 +193,6 @@ def likelihood(options: Any, recon: Any, target: Any) -> Likelihood:
     byte = target is not None and target.dtype == torch.uint8
     scale, shift = (options.target_scale, options.target_shift) if byte else (1.0, 0.0)
     exact = shift == 0 or torch.tensor(shift, dtype=recon.dtype, device="cpu").item() == shift
+    exact = exact and math.isfinite(scale) and math.isfinite(shift)
     constants = (options.parameter, scale, shift, shift if exact else 0.0, options.name in ZERO_WHERE_EQUAL and exact)
     return Likelihood(*PAIRS[options.name], *map(tl.constexpr, constants))

@@ -38,7 +38,8 @@ class TensorMeta(NamedTuple):
 
 
 def meta_of(tensor: Tensor) -> TensorMeta:
-    return TensorMeta(tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad)
+    layout = tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+    return TensorMeta(*layout, tensor.requires_grad, tensor.is_neg(), type(tensor), tensor.layout)
 
 
 class ErrorOptions(NamedTuple):
@@ -122,9 +123,10 @@ class PhiloxNoise(NamedTuple):
     offset: int
 
 
-def compute_dtype(*tensors: Any) -> torch.dtype:
-    """Dtype of arithmetic, losses and KL: float64 if any tensor is, else float32."""
-    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+def compute_dtype(*tensors: object) -> torch.dtype:
+    """Dtype of arithmetic, losses and KL: float64 if any tensor (or meta) is, else float32. Others decide nothing."""
+    wide = any(isinstance(t, Tensor | TensorMeta) and t.dtype == torch.float64 for t in tensors)
+    return torch.float64 if wide else torch.float32
 
 
 def needs_sample_terms(tensors: ElboTensors, numbers: ElboNumbers, options: ElboOptions) -> bool:

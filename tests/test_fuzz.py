@@ -1,0 +1,28 @@
+"""A fixed set of random losses, compared with a formula in float64; `make fuzz N=100000` tries others."""
+
+import pytest
+
+from .fuzz import call, check
+
+FALLBACK, KERNELS = range(0, 3000, 250), range(0, 400, 50)  # first seeds
+
+
+# numpy, under the interpreter, says what a GPU does silently: inf and NaN
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize(
+    ("backend", "seeds"),
+    [("torch", range(first, first + FALLBACK.step)) for first in FALLBACK]
+    + [("triton", range(first, first + KERNELS.step)) for first in KERNELS],
+    ids=str,
+)
+def test_results_are_those_of_the_formula(backend, seeds):
+    reports, skipped = check.failures(seeds, backend)
+    assert not reports, "\n\n".join(reports)
+    assert skipped < len(seeds) / 4
+
+
+def test_small_errors_are_found(monkeypatch):
+    """Of 1e-5 in a result, or a gradient of one."""
+    monkeypatch.setattr(check, "call", lambda c: {name: t * (1 + 1e-5) for name, t in call(c).items()})
+    reports, _ = check.failures(range(100), "torch")
+    assert len(reports) > 85  # others are 0, empty or in 16 bits
