@@ -84,7 +84,7 @@ def _dtype(images: Images, latents: Latents | None, *weights: Weight) -> torch.d
     given = [*weights, scale, images.recon, images.target, images.weight, images.extra]
     if latents is not None:
         capacity = None if latents.capacity is None else latents.capacity.nats
-        given += [latents.mu, latents.logvar, latents.kl, capacity, *(latents.prior or ())]
+        given += [*latents.for_op[0], capacity]
     return compute_dtype(*given)
 
 
