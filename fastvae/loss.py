@@ -112,12 +112,13 @@ class VAELoss(KeepsPrecision):
         """As a buffer or a submodule where it has a device."""
         if isinstance(value, Schedule):
             _checks.weight(f"{name}'s smallest value", min(value.start, value.end), None)
+            number: float | Tensor | Schedule = value
         else:
-            _checks.weight(name, value, None)
+            number = _checks.weight(name, value, None)
         if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
             self.register_buffer(name, value)
         else:
-            setattr(self, name, value if isinstance(value, nn.Module | Tensor) else float(value))
+            setattr(self, name, value if isinstance(value, Tensor) else number)
 
     def forward(
         self,

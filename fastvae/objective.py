@@ -84,9 +84,7 @@ def _dtype(images: Images, latents: Latents | None, *weights: Weight) -> torch.d
     given = [*weights, scale, images.recon, images.target, images.weight, images.extra]
     if latents is not None:
         capacity = None if latents.capacity is None else latents.capacity.nats
-        # next to a KL, mu only tells how many elements it has
-        given += [latents.mu, latents.logvar] if latents.kl is None else [latents.kl]
-        given += [capacity, *(latents.prior or ())]
+        given += [*latents.for_op[0], capacity]
     return compute_dtype(*given)
 
 
