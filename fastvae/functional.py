@@ -193,8 +193,8 @@ def vae_loss(
         mu, logvar: Parameters of the posterior, [B, ...]; of one shape, which need not be recon's.
         kl: [B], from `reparameterize_kl`, which already measured it: the KL is then taken from it alone, and `mu`, if
             given too, only supplies the element count of kl_reduction="mean".
-        beta: Weight of the KL: a float, or a 0-d tensor on the inputs' device, which may change between steps without
-            a sync or a recompilation; the backward pass uses the value that the forward pass saw.
+        beta: Weight of the KL: a number of at least 0, or a 0-d tensor on the inputs' device, which may change between
+            steps without a sync or a recompilation; the backward pass uses the value that the forward pass saw.
         likelihood: "l2", "l1", "huber", "smooth_l1", "log_cosh", "bernoulli" (logits), "bernoulli_probs", or an object
             of `fastvae.likelihoods`, where their formulas are.
         reduction: "batchmean": sum over elements, mean over the batch; "sum"; "mean": each term over its own elements;
@@ -219,15 +219,16 @@ def vae_loss(
             a 16-bit gradient a second time. Ignored where no gradient is asked for and under torch.compile.
 
     Returns:
-        VAELossTerms(loss, recon, kl): 0-d, or [B] for "none"; float64 if an input is, else float32. Each is
-        differentiable. `recon` is after likelihood, weight, mask, extra and reduction; `kl` is before free bits,
-        capacity and beta, which only the loss has.
+        VAELossTerms(loss, recon, kl): 0-d, or [B] for "none"; float64 if any tensor but the mask is, weights and the
+        likelihood's scale included, else float32. Each is differentiable. `recon` is after likelihood, weight, mask,
+        extra and reduction; `kl` is before free bits, capacity and beta, which only the loss has.
 
     Raises:
         ValueError: shapes or devices differ; unknown likelihood or reduction; one term "none" and the other not;
             neither kl nor mu and logvar; kl with logvar, with kl_reduction="mean" and no mu, or with what acts on its
             elements (logvar_clamp, prior, free bits by dimension); inplace with a leaf, with overlapping memory, or
-            where one pass is not right; an option that a "none" reduction leaves without a meaning.
+            where one pass is not right; a negative number as beta or recon_weight; an option that a "none"
+            reduction leaves without a meaning.
         TypeError: not a floating point tensor (or uint8, for `target`); beta or recon_weight not a number; a mask that
             is not bool.
         RuntimeError: inplace and a second backward pass, or an earlier operation needs the overwritten output (sigmoid,

@@ -111,14 +111,15 @@ class VAELoss(KeepsPrecision):
 
     def _hold(self, name: str, value: float | Tensor | Schedule) -> None:
         """As a buffer or a submodule where it has a device."""
+        number: float | Tensor | Schedule = value
         if isinstance(value, Schedule):
             _checks.weight(f"{name}'s smallest value", min(value.start, value.end))
         else:
-            _checks.weight(name, value)
+            number = _checks.weight(name, value)
         if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
             self.register_buffer(name, value)
         else:
-            setattr(self, name, value if isinstance(value, nn.Module | Tensor) else float(value))
+            setattr(self, name, value if isinstance(value, Tensor) else number)
 
     def forward(
         self,

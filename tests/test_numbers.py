@@ -173,6 +173,11 @@ def test_negative_weights_are_mistakes(name, value):
         fastvae.vae_loss(IMAGE, IMAGE, LATENT, LATENT)
 
 
+def test_a_module_holds_numbers_as_floats():
+    assert repr(fastvae.VAELoss(np.float32(2), recon_weight=3)).startswith("VAELoss(beta=2.0,")
+    assert fastvae.VAELoss(10**400).beta == math.inf
+
+
 def test_nan_is_no_weight():
     with pytest.raises(ValueError, match="beta must be 0 or more; got nan"):
         fastvae.VAELoss(beta=math.nan)

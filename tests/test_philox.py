@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fastvae
+from fastvae._seeds import int64
 from fastvae.fallback import philox
 from fastvae.fallback.philox import philox_words
 
@@ -61,7 +62,7 @@ def test_the_published_answers():
 def test_normals_of_a_counter(backend, seed, counter):
     """All four against the definition, far along the stream and under keys with a high word too."""
     words = true_philox([counter & 0xFFFFFFFF, counter >> 32, 0, 0], [seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF])
-    assert [int(w) for w in philox_words(fastvae.sampling._int64(seed), torch.tensor([counter]))] == words
+    assert [int(w) for w in philox_words(int64(seed), torch.tensor([counter]))] == words
     actual = fastvae.philox_normal(4, seed=seed, offset=4 * counter)
     torch.testing.assert_close(
         actual.double(), torch.tensor(true_normals(words), dtype=torch.float64), rtol=0, atol=1e-6
