@@ -12,9 +12,11 @@ PART ?= all
 N ?= 10000
 SEED ?= 0
 BACKEND ?= torch
+# modules that are no public API, as patterns of pdoc
+PRIVATE := '!fastvae\.(_|cli|fallback|objective|ops|sampling|terms)'
 
 .DEFAULT_GOAL := help
-.PHONY: help train test fuzz bench gpu kernels-report check format clean
+.PHONY: help train test fuzz bench gpu kernels-report docs check format clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -51,6 +53,9 @@ gpu: ## on a machine with a GPU: all GPU tests, then timings, into benchmarks/re
 
 kernels-report: $(STAMP) ## what each kernel moves and compiles to, as a table
 	$(BIN)/python -m tests.support.kernels_report
+
+docs: $(STAMP) ## HTML pages of the public API from its docstrings, in build/docs
+	$(BIN)/pdoc --docformat google --output-directory build/docs fastvae $(PRIVATE)
 
 format: $(STAMP) ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .

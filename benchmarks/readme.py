@@ -1,4 +1,4 @@
-"""The README's table of the loss and of the whole training step, from recorded figures.
+"""The tables of docs/benchmarks.md, of the loss and of the whole training step, from recorded figures.
 
 `python -m benchmarks.readme benchmarks/results/cpu-*.json` prints it.
 """

@@ -155,7 +155,7 @@ def test_recorded_figures_and_their_table_agree(tmp_path):
     assert "pythae is not in B: off" in table
 
 
-def test_the_table_for_the_readme_has_the_loss_and_the_step(tmp_path):
+def test_the_table_for_the_docs_has_the_loss_and_the_step(tmp_path):
     loss, step = (
         comparison(f"whole 100 fp32 {BACKWARD}", **{"eager": [4e-3], OURS: [2e-3]}),
         comparison("step mlp B=8 fp32", **{"eager": [3.0], COMPILED: [2.0], OURS: [1.0], OURS_IN_PLACE: [0.5]}),
@@ -172,11 +172,11 @@ def test_the_table_for_the_readme_has_the_loss_and_the_step(tmp_path):
     ]
 
 
-def test_the_readme_has_the_recorded_figures():
+def test_the_docs_have_the_recorded_figures():
     recorded = sorted((ROOT / "benchmarks" / "results").glob("cpu*.json"))
     if not recorded:
         pytest.skip("no figures of a CPU are recorded in benchmarks/results")
-    text = (ROOT / "README.md").read_text().splitlines()
+    text = (ROOT / "docs" / "benchmarks.md").read_text().splitlines()
     for path in recorded:
         missing = [line for line in readme.table(path) if line not in text]
         assert not missing, f"python -m benchmarks.readme {path.relative_to(ROOT)} prints other lines"
@@ -245,7 +245,7 @@ def test_names_of_steps_differ():
 
 
 def test_a_run_is_recorded_and_plotted(tmp_path):
-    """The command of the README, on tiny shapes, one file of benchmarks."""
+    """The command of the docs, on tiny shapes, one file of benchmarks."""
     pytest.importorskip("pytest_benchmark", reason="the benchmarks need it")
     pytest.importorskip("matplotlib", reason="plots need it")
     options = ["--benchmark-only", "--scale", "tiny", "--seconds", "0.01", "--record", str(tmp_path / "cpu")]

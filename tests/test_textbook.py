@@ -20,7 +20,7 @@ def test_the_textbook_has_the_same_net():
 
 
 def test_trainer_reaches_what_the_textbook_reaches():
-    """Bounds that hold on a busy machine; README has the figures of a quiet one."""
+    """Bounds that hold on a busy machine; docs/training.md has the figures of a quiet one."""
     config = TrainConfig(epochs=2, device="cpu", log_every=BLOCK)
     for _ in range(ATTEMPTS):
         found = compare(config)
