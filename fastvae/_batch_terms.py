@@ -31,7 +31,7 @@ def elbo_with_batch_terms(inputs: Sequence[Any], values: Sequence[Any], options_
     """As `elbo`."""
     tensors, numbers, spec = ElboTensors(*inputs), ElboNumbers(*values), LossSpec(*options_of_loss)
     _checks.loss_inputs(tensors, numbers, spec)
-    dtype = compute_dtype(*tensors[:8], *tensors[9:], *numbers)
+    dtype = compute_dtype(*tensors[:8], *tensors[10:], *numbers)
     # copies, because a schedule may step them before the backward pass
     numbers = ElboNumbers(
         *(n if n is None else in_dtype(n.clone() if isinstance(n, Tensor) else n, dtype) for n in numbers)
@@ -40,8 +40,12 @@ def elbo_with_batch_terms(inputs: Sequence[Any], values: Sequence[Any], options_
         tensors = tensors._replace(weight=tensors.weight.to(dtype))
     options = resolve(spec, tensors)
     images = ElboTensors(*tensors[:4], mask=tensors.mask, weight=tensors.weight, extra=tensors.extra)
-    latents = ElboTensors(None, None, None, None, *tensors[4:8], kl=tensors.kl, weight=tensors.weight)
-    if isinstance(spec.likelihood, LikelihoodSpec) and spec.likelihood.optimal_scale:
+    latents = ElboTensors(
+        None, None, None, None, *tensors[4:8], kl_mask=tensors.kl_mask, kl=tensors.kl, weight=tensors.weight
+    )
+    if tensors.recon is None:
+        recon = torch.zeros(tensors.mu.shape[:1] if options.per_sample else (), dtype=dtype, device=tensors.mu.device)
+    elif isinstance(spec.likelihood, LikelihoodSpec) and spec.likelihood.optimal_scale:
         recon = _with_optimal_scale(images, spec, options)
     else:
         images = images._replace(sample_log_scale=tensors.sample_log_scale)
@@ -85,17 +89,16 @@ def _with_optimal_scale(images: ElboTensors, spec: LossSpec, options: ElboOption
 def _with_mean_free_bits(latents: ElboTensors, numbers: ElboNumbers, options: ElboOptions) -> tuple[Tensor, Tensor]:
     """(KL term, regularised one): the mean over the batch of each dimension's KL is at least `free_bits.nats`."""
     assert options.free_bits is not None
-    elements = reference.gaussian_kl(
-        latents.mu, latents.logvar, options.logvar_clamp, latents.prior_mu, latents.prior_logvar
-    )
+    elements = reference.kl_elements(latents, options)
     batch = elements.shape[0]  # not len, which torch.jit.trace records as a constant
     elements = elements.reshape(batch, math.prod(elements.shape[1:]))
     if latents.weight is not None:
         elements = elements * latents.weight.to(elements.dtype)[:, None]
     kl = elements.sum(0)
-    regularized = (kl / batch if batch else kl).clamp(min=options.free_bits.nats).sum() * (
-        options.kl_normalizer * batch
-    )
+    raised = (kl / batch if batch else kl).clamp(min=options.free_bits.nats)
+    if latents.kl_mask is not None:  # dimensions of which nothing is selected
+        raised = raised * latents.kl_mask.reshape(elements.shape).any(0)
+    regularized = raised.sum() * (options.kl_normalizer * batch)
     if options.capacity_mode == "batch":
         regularized = (regularized - numbers.capacity * (options.kl_normalizer * batch)).abs()
     return options.kl_normalizer * kl.sum(), regularized

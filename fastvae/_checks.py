@@ -140,12 +140,15 @@ def expanded(name: str, tensor: Tensor, other: str, like: Tensor) -> Tensor:
         ) from None
 
 
-def mask(value: object, recon: Tensor) -> Tensor:
-    """`value` in the shape of recon."""
+def mask(value: object, like: Tensor, name: str = "mask", other: str = "recon") -> Tensor:
+    """`value` in the shape of `like`."""
     if not isinstance(value, Tensor) or value.dtype != torch.bool:
         passed = _names([value.dtype]) if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"mask must be a bool tensor; got {passed}. Compare, for example mask > 0.5.")
-    return value if value.shape == recon.shape else expanded("mask", value, "recon", recon)
+        raise TypeError(f"{name} must be a bool tensor; got {passed}. Compare, for example {name} > 0.5.")
+    if value.shape != like.shape:
+        return expanded(name, value, other, like)
+    same_device(name, value, other, like)
+    return value
 
 
 def prior(value: Any, mu: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,14 +216,22 @@ def same_batch(recon: Any, mu: Any) -> None:
 
 
 def kl_given(
-    recon: Any, mu: Any, logvar: Any, prior: object, logvar_clamp: object, free_bits: Any, kl_reduction: str
+    recon: Any,
+    mu: Any,
+    logvar: Any,
+    prior: object,
+    logvar_clamp: object,
+    free_bits: Any,
+    kl_mask: object,
+    kl_reduction: str,
 ) -> None:
     """kl= is a sum over each sample: what acts on its elements cannot be given beside it."""
     if logvar is not None:
         fail("Drop logvar: kl= replaces it, and both were passed. mu may stay, for its element count.")
     if getattr(free_bits, "mode", None) == "sample":
         free_bits = None
-    for name, value in (("logvar_clamp", logvar_clamp), ("prior", prior), ("free_bits", free_bits)):
+    given = {"logvar_clamp": logvar_clamp, "prior": prior, "free_bits": free_bits, "kl_mask": kl_mask}
+    for name, value in given.items():
         if value is not None:
             fail(f"{name} cannot act on kl=, which is already measured. Pass mu and logvar instead.")
     if mu is not None:

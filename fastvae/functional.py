@@ -94,8 +94,14 @@ def gaussian_kl(
     prior: Prior | None = None,
     reduction: str = "batchmean",
     logvar_clamp: Clamp | None = None,
+    free_bits: FreeBits | None = None,
+    capacity: Capacity | None = None,
+    weight: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """KL(N(mu, exp(logvar)) || prior), in nats; of N(0, I) the sum of (mu^2 + exp(logvar) - 1 - logvar) / 2.
+
+    For a model whose reconstruction error is computed elsewhere this is the whole second term of its loss.
 
     Of another Gaussian, with r = logvar - logvar_p, the sum of ((mu - mu_p)^2 / exp(logvar_p) + exp(r) - 1 - r) / 2.
     Evaluated without cancellation: exact to a few ulp where posterior and prior nearly agree.
@@ -107,6 +113,15 @@ def gaussian_kl(
         reduction: "batchmean": sum over all, divided by B; "sum"; "mean": divided by the number of elements; "none":
             [B].
         logvar_clamp: None, or (lo, hi): logvar is clamped first; its gradient is zero outside. Not the prior's.
+        free_bits, capacity: As in `vae_loss`; the result is the KL after both.
+        weight: [B]: multiplies the KL of each sample; the sum is divided by B all the same.
+        mask: bool, broadcasts to mu's shape: as `kl_mask` in `vae_loss`.
+
+    Example:
+        Sequences of different lengths, padded, [B, T, L], free bits for each sample:
+
+        >>> mask = torch.arange(T) < lengths[:, None]  # [B, T]
+        >>> kl = fastvae.gaussian_kl(mu, logvar, mask=mask[..., None], free_bits=FreeBits(2.0, "sample"))
 
     Returns:
         0-d, or [B] for "none"; float64 if an input is, else float32.
@@ -117,10 +132,23 @@ def gaussian_kl(
 
     Source: Kingma & Welling, arXiv:1312.6114, appendix B.
     """
+    if free_bits is not None or capacity is not None:
+        _checks.regularizers(free_bits, FreeBits, capacity, Capacity)
     prior_mu, prior_logvar = (None, None) if prior is None else _checks.prior(prior, mu)
-    tensors = ElboTensors(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar)
-    spec = LossSpec(None, _checks.reduction(reduction), reduction, _checks.logvar_clamp(logvar_clamp))
-    return elbo(tensors, ElboNumbers(), spec)[2]
+    kl_mask = None if mask is None else _checks.mask(mask, mu, "mask", "mu")
+    latents = ElboTensors(mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar, kl_mask=kl_mask)
+    nats = None if capacity is None else _checks.weight("capacity", capacity.nats)
+    spec = LossSpec(
+        None,
+        _checks.reduction(reduction),
+        reduction,
+        _checks.logvar_clamp(logvar_clamp),
+        free_bits,
+        None if capacity is None else capacity.mode,
+    )
+    function = elbo_with_batch_terms if needs_batch_terms(spec) else elbo
+    loss, _, kl = function(latents._replace(weight=weight), ElboNumbers(capacity=nats), spec)
+    return kl if free_bits is None and capacity is None else loss
 
 
 def reconstruction_loss(
@@ -178,6 +206,7 @@ def vae_loss(
     prior: Prior | None = None,
     weight: Tensor | None = None,
     mask: Tensor | None = None,
+    kl_mask: Tensor | None = None,
     extra: Tensor | None = None,
     one_pass: bool = True,
     inplace: bool = False,
@@ -208,7 +237,10 @@ def vae_loss(
         weight: [B]: multiplies both terms of each sample; the sum is divided by B all the same, never by the weights'.
         mask: bool, broadcasts to recon's shape: elements outside count as 0 and get no gradient, even if they are NaN.
             The divisor stays B (or, for "mean", the number of all elements), unless the likelihood has
-            mask_normalize=True: then it is the number of elements that the mask selects. The KL is not masked.
+            mask_normalize=True: then it is the number of elements that the mask selects, and the term 0 where that
+            is 0. The KL is not masked.
+        kl_mask: bool, broadcasts to mu's shape: latents outside count as 0 in the KL and get no gradient of it, even
+            if they are NaN. Free bits and capacity apply to what remains. The divisor stays as it is.
         extra: [B]: is added to the error of every element, within the likelihood's scale (D times in all); a term that
             counts once is extra / D.
         one_pass: Let the forward pass write recon's gradient, where that is right (12 bytes a float32 pixel instead of
@@ -240,7 +272,7 @@ def vae_loss(
         None
     )
     if kl is not None:
-        _checks.kl_given(recon, mu, logvar, prior, logvar_clamp, free_bits, kl_reduction or reduction)
+        _checks.kl_given(recon, mu, logvar, prior, logvar_clamp, free_bits, kl_mask, kl_reduction or reduction)
         n_latents, mu = None if mu is None else mu.numel(), None
     if inplace:
         _checks.overwritable(recon, target, recon_weight, one_pass)
@@ -252,6 +284,8 @@ def vae_loss(
         prior_mu, prior_logvar = _checks.prior(prior, mu)
     if mask is not None:
         mask = _checks.mask(mask, recon)
+    if kl_mask is not None and mu is not None:
+        kl_mask = _checks.mask(kl_mask, mu, "kl_mask", "mu")
     spec_of_likelihood: str | LikelihoodSpec
     if type(likelihood) is str and likelihood in SPECS:
         spec_of_likelihood = likelihood
@@ -268,7 +302,7 @@ def vae_loss(
     reductions = recon_reduction or reduction, kl_reduction or reduction
     spec = (spec_of_likelihood, *reductions, logvar_clamp, free_bits, capacity_mode, one_pass, inplace, n_latents)
     images = recon, target, log_scale, extra_map
-    tensors = (*images, mu, logvar, prior_mu, prior_logvar, mask, kl, weight, extra, sample_log_scale)
+    tensors = (*images, mu, logvar, prior_mu, prior_logvar, mask, kl_mask, kl, weight, extra, sample_log_scale)
     numbers = beta, recon_weight, capacity_nats
     if needs_batch_terms(spec):
         return VAELossTerms(*elbo_with_batch_terms(tensors, numbers, spec))

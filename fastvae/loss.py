@@ -133,6 +133,7 @@ class VAELoss(KeepsPrecision):
         prior: Prior | None = None,
         weight: Tensor | None = None,
         mask: Tensor | None = None,
+        kl_mask: Tensor | None = None,
         extra: Tensor | None = None,
     ) -> Tensor | VAELossTerms:
         """The scalar to call `.backward()` on, or `VAELossTerms`; arguments as in `vae_loss`.
@@ -141,7 +142,15 @@ class VAELoss(KeepsPrecision):
         """
         first: Any = recon
         if isinstance(first, Proxy):  # torch.fx records a call as one node, like that of a module of torch.nn
-            given = {"kl": kl, "beta": beta, "prior": prior, "weight": weight, "mask": mask, "extra": extra}
+            given = {
+                "kl": kl,
+                "beta": beta,
+                "prior": prior,
+                "weight": weight,
+                "mask": mask,
+                "kl_mask": kl_mask,
+                "extra": extra,
+            }
             tracer: Any = first.tracer
             node: Tensor = tracer.create_proxy(
                 "call_module", tracer.path_of_module(self), (recon, target, mu, logvar), given
@@ -165,6 +174,7 @@ class VAELoss(KeepsPrecision):
             prior=prior,
             weight=weight,
             mask=mask,
+            kl_mask=kl_mask,
             extra=extra,
             one_pass=self.one_pass,
             inplace=self.inplace,

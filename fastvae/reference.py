@@ -133,11 +133,23 @@ def elbo(tensors: ElboTensors, numbers: ElboNumbers, options: ElboOptions) -> Te
         kl = tensors.kl.to(compute_dtype(tensors.kl))
         kl = kl if by_sample else kl.sum()
     elif tensors.mu is not None:
-        elements = gaussian_kl(tensors.mu, tensors.logvar, options.logvar_clamp, tensors.prior_mu, tensors.prior_logvar)
+        elements = kl_elements(tensors, options)
         kl = total(elements)
         if options.element_free_bits is not None:
-            regularized = total(apply_free_bits(elements, options.element_free_bits))
+            raised = apply_free_bits(elements, options.element_free_bits)
+            regularized = total(raised if tensors.kl_mask is None else raised * tensors.kl_mask)
     return combine(errors, n_selected, kl, regularized, tensors, numbers, options)
+
+
+def kl_elements(tensors: ElboTensors, options: ElboOptions) -> Tensor:
+    """The KL of each element; 0 outside the mask."""
+    latents: tuple[Any, ...] = tensors[4:8]
+    if tensors.kl_mask is not None:  # what is outside may be NaN, whose gradient would be too
+        mask = tensors.kl_mask
+        latents = tuple(None if t is None else torch.where(mask, t, torch.zeros_like(t)) for t in latents)
+    mu, logvar, prior_mu, prior_logvar = latents
+    elements = gaussian_kl(mu, logvar, options.logvar_clamp, prior_mu, prior_logvar)
+    return elements if tensors.kl_mask is None else torch.where(tensors.kl_mask, elements, torch.zeros_like(elements))
 
 
 def _errors(tensors: ElboTensors, options: ElboOptions) -> Tensor:
@@ -174,7 +186,7 @@ def combine(
         kl, regularized: Sum of the KL, and the same under free bits of each element (None if there are none).
         tensors, numbers, options: As in `elbo`, of which only what acts on samples is read.
     """
-    dtype = compute_dtype(errors, kl, *tensors[:8], *tensors[9:], *numbers)
+    dtype = compute_dtype(errors, kl, *tensors[:8], *tensors[10:], *numbers)
     beta, recon_weight = in_dtype(numbers.beta, dtype), in_dtype(numbers.recon_weight, dtype)
     capacity = 0.0 if numbers.capacity is None else in_dtype(numbers.capacity, dtype)
     if errors is None and kl is None:

@@ -66,7 +66,7 @@ def plan_elbo(metas: ElboTensors, numbers: ElboNumbers, options: ElboOptions, wr
         n_elements = math.prod(metas.recon.shape[1:])
         constant = options.recon_normalizer * (n_elements if options.per_sample else n_elements * batch)
         constant *= options.constant
-    given = (meta for meta in (*metas[:8], *metas[9:], *numbers) if isinstance(meta, TensorMeta))
+    given = (meta for meta in (*metas[:8], *metas[10:], *numbers) if isinstance(meta, TensorMeta))
     return ElboPlan(
         options=options,
         by_sample=needs_sample_terms(metas, numbers, options),

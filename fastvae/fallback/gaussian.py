@@ -50,10 +50,18 @@ def kl_terms(tensors: ElboTensors, options: ElboOptions, dtype: torch.dtype) -> 
     """[B]: the KL of each sample, and the same under free bits of each element, if there are any."""
     mu, logvar, _ = _relative(tensors, options, dtype)
     expm1 = torch.expm1(logvar)
-    if options.element_free_bits is None:
+    if options.element_free_bits is None and tensors.kl_mask is None:
         return kl_per_sample(mu, logvar, expm1), None
-    elements = torch.sub(expm1, logvar).addcmul_(mu, mu).mul_(0.5)
-    return sum_by_sample(elements), sum_by_sample(apply_free_bits(elements, options.element_free_bits))
+    elements = _selected(torch.sub(expm1, logvar).addcmul_(mu, mu).mul_(0.5), tensors)
+    if options.element_free_bits is None:
+        return sum_by_sample(elements), None
+    raised = _selected(apply_free_bits(elements, options.element_free_bits), tensors)
+    return sum_by_sample(elements), sum_by_sample(raised)
+
+
+def _selected(elements: Tensor, tensors: ElboTensors) -> Tensor:
+    """0 in place of what the mask leaves out, in place."""
+    return elements if tensors.kl_mask is None else elements.masked_fill_(~tensors.kl_mask, 0)
 
 
 def kl_gradients(
@@ -86,6 +94,9 @@ def kl_gradients(
         zero_outside(gradients.logvar, raw_logvar, options.logvar_clamp, dtype)
     if gradients.prior_logvar is not None:
         torch.mul(torch.addcmul(expm1, mu, mu), coefficient * -0.5, out=gradients.prior_logvar)
+    for gradient in gradients[4:8]:
+        if gradient is not None:
+            _selected(gradient, tensors)
 
 
 def _relative(tensors: ElboTensors, options: ElboOptions, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -280,8 +280,8 @@ def _launch(
     gradients: Sequence[Tensor | None],
     held: bool,
 ) -> None:
-    recon, target, log_scale, extra_map, mu, logvar, prior_mu, prior_logvar, mask, _, *per_sample = tensors
-    drecon, dtarget, dlog_scale, dextra_map, dmu, dlogvar, dprior_mu, dprior_logvar, _, dkl, *by_sample = gradients
+    recon, target, log_scale, extra_map, mu, logvar, prior_mu, prior_logvar, mask, kl_mask, _, *per_sample = tensors
+    drecon, dtarget, dlog_scale, dextra_map, dmu, dlogvar, dprior_mu, dprior_logvar, _, _, dkl, *by_sample = gradients
     beta = recon_weight = None
     coefficients = None
     if plan.samples is not None:
@@ -304,7 +304,7 @@ def _launch(
     if image_programs:
         images = Images(recon, target, log_scale, mask, extra_map, drecon, dtarget, dlog_scale, dextra_map)
     if latent_programs > image_programs:
-        latents = Latents(mu, logvar, prior_mu, prior_logvar, dmu, dlogvar, dprior_mu, dprior_logvar)
+        latents = Latents(mu, logvar, prior_mu, prior_logvar, kl_mask, dmu, dlogvar, dprior_mu, dprior_logvar)
     recon_scale, _, kl_scale = plan.factors
     _elbo_bwd_kernel[(programs,)](
         upstream=Upstream(*upstream),

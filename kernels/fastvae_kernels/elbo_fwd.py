@@ -14,7 +14,7 @@ from ._reduce import fold
 from ._tile import NUM_WARPS, full_tile, load, pack_f64, tile_origin, unpack_f64
 from .elbo_samples import sample_terms_fwd
 from .images import Images, image_pointers, image_tile
-from .latents import Latents, apply_free_bits, kl_tile, latent_pointers
+from .latents import Latents, apply_free_bits, kl_tile, latent_pointers, selected_latents
 from .plan import ElboPlan
 from .samples import Samples, error_factor
 from .types import ElboNumbers
@@ -59,12 +59,14 @@ def _latent_program(pid, latents, bounds, geometry, partials_ptr, free_bits_part
         mask = (rows < geometry.n_rows) & (cols < geometry.n_cols)
         ptrs = latent_pointers(latents, geometry, rows, cols)
         if full_tile(first_row, first_col, geometry):
-            kl = kl_tile(latents, ptrs, bounds, None, geometry.dtype)
+            selected = selected_latents(latents, ptrs, None)
+            kl = kl_tile(latents, ptrs, bounds, None, selected, geometry.dtype)
         else:
-            kl = kl_tile(latents, ptrs, bounds, mask, geometry.dtype)
+            selected = selected_latents(latents, ptrs, mask)
+            kl = kl_tile(latents, ptrs, bounds, mask, selected, geometry.dtype)
         kls += kl
         if bounds.free_bits is not None:
-            free_bits_kls += apply_free_bits(kl, bounds, mask, geometry.dtype)
+            free_bits_kls += apply_free_bits(kl, bounds, mask if latents.mask is None else selected, geometry.dtype)
         first_col += geometry.block_cols
     offsets = rows * geometry.n_col_programs + pid % geometry.n_col_programs
     tl.store(partials_ptr + offsets, 0.5 * tl.sum(kls, axis=1)[:, None], mask=rows < geometry.n_rows)
@@ -170,7 +172,7 @@ def elbo_fwd(
 def _launch(
     plan: ElboPlan, tensors: Sequence[Any], numbers: Sequence[Any], drecon: Tensor | None, dlog_scale: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
-    recon, target, log_scale, extra_map, mu, logvar, prior_mu, prior_logvar, mask, kl, *per_sample = tensors
+    recon, target, log_scale, extra_map, mu, logvar, prior_mu, prior_logvar, mask, kl_mask, kl, *per_sample = tensors
     beta, recon_weight, _ = numbers
     new = tensors[plan.first].new_empty
     recon_partials = count_partials = free_bits_partials = None
@@ -183,7 +185,7 @@ def _launch(
     if plan.latent_programs:
         kl_partials = new(plan.kl_partials, dtype=plan.kl_dtype)
         free_bits_partials = None if plan.bounds.free_bits is None else torch.empty_like(kl_partials)
-        latents = Latents(mu, logvar, prior_mu, prior_logvar)
+        latents = Latents(mu, logvar, prior_mu, prior_logvar, kl_mask)
     samples = None if plan.samples is None else Samples(*per_sample)
     if programs := plan.image_programs + plan.latent_programs:
         _elbo_fwd_kernel[(programs,)](

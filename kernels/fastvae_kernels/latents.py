@@ -13,10 +13,11 @@ from .types import ElboOptions
 class Latents(NamedTuple):
     """Tensors, or strides, of one shape. None: not there, or not wanted."""
 
-    mu: Any = None  # read, as are the next three
+    mu: Any = None  # read, as are the next four
     logvar: Any = None
     prior_mu: Any = None
     prior_logvar: Any = None
+    mask: Any = None
     dmu: Any = None  # written, as are the next three
     dlogvar: Any = None
     dprior_mu: Any = None
@@ -40,6 +41,7 @@ def latent_pointers(latents, geometry, rows, cols):
         pointers(latents.logvar, geometry.strides.logvar, geometry, rows, cols, mu),
         pointers(latents.prior_mu, geometry.strides.prior_mu, geometry, rows, cols, mu),
         pointers(latents.prior_logvar, geometry.strides.prior_logvar, geometry, rows, cols, mu),
+        pointers(latents.mask, geometry.strides.mask, geometry, rows, cols, mu),
         pointers(latents.dmu, geometry.strides.dmu, geometry, rows, cols, mu),
         pointers(latents.dlogvar, geometry.strides.dlogvar, geometry, rows, cols, mu),
         pointers(latents.dprior_mu, geometry.strides.dprior_mu, geometry, rows, cols, mu),
@@ -48,8 +50,14 @@ def latent_pointers(latents, geometry, rows, cols):
 
 
 @triton.jit
-def kl_tile(latents, ptrs, bounds, mask, DTYPE: tl.constexpr):
-    """Twice the KL of each element, 0 in lanes outside. `latents` tells what there is, `ptrs` where."""
+def selected_latents(latents, ptrs, mask):
+    """Lanes within the tensors that the latents' mask selects; None: all."""
+    return mask if latents.mask is None else load(ptrs.mask, mask, tl.int1)
+
+
+@triton.jit
+def kl_tile(latents, ptrs, bounds, mask, selected, DTYPE: tl.constexpr):
+    """Twice the KL of each selected element, else 0. `latents` tells what there is, `ptrs` where."""
     mu = load(ptrs.mu, mask, DTYPE)
     logvar = clamp(load(ptrs.logvar, mask, DTYPE), bounds.low, bounds.high, DTYPE)
     if latents.prior_mu is not None:  # the posterior as its prior sees it
@@ -57,7 +65,7 @@ def kl_tile(latents, ptrs, bounds, mask, DTYPE: tl.constexpr):
         mu = (mu - load(ptrs.prior_mu, mask, DTYPE)) * exp(-0.5 * prior_logvar, DTYPE)
         logvar -= prior_logvar
     kl = twice_kl_element(mu, logvar, exp(0.5 * logvar, DTYPE), DTYPE)
-    return kl if mask is None else tl.where(mask, kl, 0.0)
+    return kl if selected is None else tl.where(selected, kl, 0.0)
 
 
 @triton.jit
@@ -70,7 +78,8 @@ def apply_free_bits(twice_kl, bounds, mask, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _store(ptrs, gradient, mask):
+def _store(ptrs, gradient, selected, mask):
+    gradient = gradient if selected is None else tl.where(selected, gradient, 0.0)
     tl.store(ptrs, gradient.to(ptrs.dtype.element_ty), mask=mask)
 
 
@@ -81,6 +90,7 @@ def latent_gradient_tile(latents, ptrs, bounds, coefficient, free_bits_coefficie
     With m = (mu - prior_mu) / prior_sigma and r = logvar - prior_logvar: m / prior_sigma, expm1(r) / 2, and of the
     prior -m / prior_sigma, -(m^2 + expm1(r)) / 2. What no gradient needs is not read.
     """
+    selected = None if latents.mask is None else load(ptrs.mask, mask, tl.int1)
     if latents.prior_mu is not None:
         prior_logvar = load(ptrs.prior_logvar, mask, DTYPE)
         precision = exp(-0.5 * prior_logvar, DTYPE)
@@ -105,13 +115,13 @@ def latent_gradient_tile(latents, ptrs, bounds, coefficient, free_bits_coefficie
     if latents.dmu is not None or latents.dprior_mu is not None:
         dmu = coefficient * mu if latents.prior_mu is None else coefficient * mu * precision
         if latents.dmu is not None:
-            _store(ptrs.dmu, dmu, mask)
+            _store(ptrs.dmu, dmu, selected, mask)
         if latents.dprior_mu is not None:
-            _store(ptrs.dprior_mu, -dmu, mask)
+            _store(ptrs.dprior_mu, -dmu, selected, mask)
     if latents.dlogvar is not None:
-        _store(ptrs.dlogvar, inside(raw, bounds.low, bounds.high, 0.5 * coefficient * slope, DTYPE), mask)
+        _store(ptrs.dlogvar, inside(raw, bounds.low, bounds.high, 0.5 * coefficient * slope, DTYPE), selected, mask)
     if latents.dprior_logvar is not None:
-        _store(ptrs.dprior_logvar, -0.5 * coefficient * (mu * mu + slope), mask)
+        _store(ptrs.dprior_logvar, -0.5 * coefficient * (mu * mu + slope), selected, mask)
 
 
 def bounds_of(options: ElboOptions) -> Bounds:

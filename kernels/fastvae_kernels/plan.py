@@ -98,7 +98,7 @@ def plan_elbo(metas: ElboTensors, numbers: ElboNumbers, options: ElboOptions, wr
     if options.constant:
         constant = options.recon_normalizer * (n_elements if options.per_sample else n_elements * batch)
         constant *= options.constant
-    given = [meta for meta in (*metas[:8], *metas[9:], *numbers) if isinstance(meta, TensorMeta)]
+    given = [meta for meta in (*metas[:8], *metas[10:], *numbers) if isinstance(meta, TensorMeta)]
     return ElboPlan(
         device=first.device,
         first=place,
@@ -150,4 +150,4 @@ def _images(metas: ElboTensors, gradients: ElboTensors) -> Images:
 
 
 def _latents(metas: ElboTensors, gradients: ElboTensors) -> Latents:
-    return Latents(*metas[4:8], *gradients[4:8])
+    return Latents(*metas[4:8], metas.kl_mask, *gradients[4:8])

@@ -61,7 +61,7 @@ class FreeBitsOptions(NamedTuple):
 class ElboTensors(NamedTuple):
     """Inputs of a loss; a gradient buffer has the place of its input. None: not given, or not wanted.
 
-    The first nine but `kl` have one entry per element, `kl` and the last three one per sample, [B].
+    Up to the masks they have one entry per element, from `kl` on one per sample, [B].
     """
 
     recon: Any = None
@@ -73,6 +73,7 @@ class ElboTensors(NamedTuple):
     prior_mu: Any = None
     prior_logvar: Any = None
     mask: Any = None  # bool; elements outside count as 0, whatever they hold
+    kl_mask: Any = None  # bool; latents outside count as 0, whatever they hold
     kl: Any = None  # replaces mu and logvar
     weight: Any = None  # of both terms
     extra: Any = None  # added to the error of each element of a sample
