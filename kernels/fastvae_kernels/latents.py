@@ -84,7 +84,8 @@ def latent_gradient_tile(latents, ptrs, bounds, coefficient, floored_coefficient
     if latents.prior_mu is not None:
         prior_logvar = load(ptrs.prior_logvar, mask, DTYPE)
         precision = exp(-0.5 * prior_logvar, DTYPE)
-    of_both = latents.dprior_logvar is not None or bounds.floor is not None
+    # constants, because what a branch at run time assigns is unknown after it
+    of_both: tl.constexpr = latents.dprior_logvar is not None or bounds.floor is not None
     if of_both or latents.dmu is not None or latents.dprior_mu is not None:
         mu = load(ptrs.mu, mask, DTYPE)
         if latents.prior_mu is not None:
