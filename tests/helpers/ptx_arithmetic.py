@@ -47,6 +47,8 @@ def rule(opcode: Opcode, skew: float) -> Rule:
 
     skew: from -1 (toward 0) to 1 (away from 0); 0: approximations are correctly rounded.
     """
+    if opcode.name == "rcp" and opcode.types == ["f64"] and opcode.take("approx") and opcode.take("ftz"):
+        return ["f64"], _coarse_reciprocal
     if opcode.types == ["f32"] and opcode.take("approx", "full"):
         return _approximate(opcode, skew)
     if opcode.name not in RULES:
@@ -152,6 +154,13 @@ def _approximate(opcode: Opcode, skew: float) -> Rule:
         return np.where(named, nearest, worst) if skew else nearest
 
     return ["f32"] * OPERANDS.get(opcode.name, 2), partial(_flushing, run) if opcode.take("ftz") else run
+
+
+def _coarse_reciprocal(x: Array) -> Array:
+    """rcp.approx.ftz.f64: of the upper halves of float64 numbers."""
+    upper = np.uint64(0xFFFFFFFF00000000)
+    reciprocal = 1 / flush((x.view(np.uint64) & upper).view(np.float64))
+    return flush((reciprocal.view(np.uint64) & upper).view(np.float64))
 
 
 COMPARISONS: dict[str, Function] = {
