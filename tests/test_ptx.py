@@ -296,6 +296,10 @@ FAULTS = {
         f"{SHARED}\nbar.sync 0;\n{LOAD_OTHER}\nst.shared.b32 [%r4], %r8;",
         "race: it overwrites what another thread loaded",
     ),
+    "shared memory that two threads read, written by the second": (
+        f"{SHARED}\nbar.sync 0;\nld.shared.b32 %r5, [%r8];\nsetp.eq.b32 %p1, %r1, 63;\n@%p1 st.shared.b32 [%r8], %r5;",
+        "race: it overwrites what another thread loaded",
+    ),
     "shared memory that nothing was stored to": ("mov.b32 %r3, 0;\nld.shared.b32 %r4, [%r3];", "nothing was stored"),
     "conflicting stores": ("st.global.b32 [%rd2], { %r1 };", "different values"),
     "stores of two threads": (f"{at(4)}\nst.global.b32 [%rd9], {{ 1 }};\nst.global.b32 [%rd2], {{ 1 }};", "race"),

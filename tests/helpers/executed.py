@@ -22,12 +22,7 @@ from .ptx import execute, parse
 
 @contextmanager
 def executed(target: str, *, skew: float = 0.0, edit: Callable[[str], str] = str) -> Iterator[list[DryLaunch]]:
-    """Inside, the launches of tensors on the CPU compile for `target` and run; yields them.
-
-    Args:
-        skew: Error of approximate instructions; see `ptx_arithmetic.rule`.
-        edit: Changes the PTX before it runs.
-    """
+    """Launches of CPU tensors compile for `target`, are edited, and run; yields them. skew: see `ptx_arithmetic`."""
 
     def run(launch: DryLaunch) -> None:
         signature = launch.kernel.src.signature

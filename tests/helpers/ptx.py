@@ -40,9 +40,8 @@ class Program:
 def parse(ptx: str, skew: float = 0.0) -> Program:
     """The program of a module with one kernel. skew: see `ptx_arithmetic.rule`."""
     head, body = re.search(r"\.entry\b(.*?)\n\{\n(.*?)\n\}", ptx, re.DOTALL).groups()
-    threads = int(re.search(r"\.(?:reqntid|maxntid)\s+(\d+)", head)[1])
+    source, threads = "", int(re.search(r"\.reqntid\s+(\d+)", head)[1])
     program = Program(threads, re.findall(r"\.param\b.*?([\w$]+),?\n", head), skew)
-    source = ""
     for line in map(str.strip, body.splitlines()):
         code = line.split("//")[0].strip()
         if scope := re.fullmatch(r"\{ \.reg \.(\w+) (\w+); (.*;) \}", code):  # with a register of its own
@@ -117,8 +116,8 @@ class Machine:
             mine, others = lanes, []
             try:
                 if guard is not None:
-                    here, holds = self.lanes[lanes], self.read(guard[0], lanes) == guard[1]
-                    holds = np.broadcast_to(holds, here.shape)
+                    here = self.lanes[lanes]
+                    holds = np.broadcast_to(self.read(guard[0], lanes) == guard[1], here.shape)
                     mine, others = (lanes, []) if holds.all() else (here[holds], here[~holds])
                 targets = step(self, mine) if mine is ALL or len(mine) else None
             except Fault as fault:
@@ -144,9 +143,9 @@ class Machine:
                 self.unwritten[register] = np.ones(self.lanes.size, np.bool_)
             if register in self.unwritten:
                 self.unwritten[register][lanes] = False
-            merged = np.broadcast_to(self.registers.get(register, np.zeros(1, dtype)), self.lanes.shape).copy()
-            merged[lanes] = values
-            values = merged
+            old, new = self.registers.get(register, np.zeros(1, dtype)), values
+            values = np.broadcast_to(old, self.lanes.shape).copy()
+            values[lanes] = new
         self.registers[register] = values
 
     def access(self, space: str, offset: Array, lanes: Lanes) -> tuple[Array, Array, Array]:
@@ -159,17 +158,15 @@ class Machine:
         return np.broadcast_to(offset, here.shape), self.threads[lanes], self.interval[lanes]
 
     def barrier(self, lanes: Lanes) -> None:
-        self._refuse_incomplete(lanes, self.program.threads, "program")
+        self.grouped(self.interval[lanes], lanes, self.program.threads, "program")
         self.interval[lanes] += 1
 
-    def by_warp(self, values: Array, lanes: Lanes) -> Array:
+    def grouped(self, values: Array, lanes: Lanes, size: int = WARP, what: str = "warp") -> Array:
         """[warps, 32]"""
-        self._refuse_incomplete(lanes, WARP, "warp")
-        return np.broadcast_to(values, self.lanes[lanes].shape).reshape(-1, WARP)
-
-    def _refuse_incomplete(self, lanes: Lanes, size: int, what: str) -> None:
-        if (np.unique(self.lanes[lanes] // size, return_counts=True)[1] != size).any():
+        here = self.lanes[lanes]
+        if (np.unique(here // size, return_counts=True)[1] != size).any():
             raise Fault(f"is reached by an incomplete {what}")
+        return np.broadcast_to(values, here.shape).reshape(-1, size)
 
 
 def execute(program: Program, grid: int, arguments: list[int], buffers: list[tuple[int, Array]], shared: int) -> None:

@@ -43,16 +43,11 @@ class Opcode:
 
 
 def rule(opcode: Opcode, skew: float) -> Rule:
-    """What an instruction computes; `skew` times the greatest error that PTX allows is that of approximations.
-
-    skew: from -1 (toward 0) to 1 (away from 0); 0: approximations are correctly rounded.
-    """
-    if opcode.name == "rcp" and opcode.types == ["f64"] and opcode.take("approx") and opcode.take("ftz"):
-        return ["f64"], _coarse_reciprocal
+    """What an instruction computes. Approximations err by `skew`, from -1 (toward 0) to 1, times what PTX allows."""
+    if (opcode.name, opcode.types) == ("rcp", ["f64"]) and opcode.take("approx") and opcode.take("ftz"):
+        return ["f64"], partial(_flushing, lambda x: _upper_half(1 / _upper_half(x)))
     if opcode.types == ["f32"] and opcode.take("approx", "full"):
         return _approximate(opcode, skew)
-    if opcode.name not in RULES:
-        raise Unsupported("unknown opcode")
     return RULES[opcode.name](opcode)
 
 
@@ -156,17 +151,13 @@ def _approximate(opcode: Opcode, skew: float) -> Rule:
     return ["f32"] * OPERANDS.get(opcode.name, 2), partial(_flushing, run) if opcode.take("ftz") else run
 
 
-def _coarse_reciprocal(x: Array) -> Array:
-    """rcp.approx.ftz.f64: of the upper halves of float64 numbers."""
-    upper = np.uint64(0xFFFFFFFF00000000)
-    reciprocal = 1 / flush((x.view(np.uint64) & upper).view(np.float64))
-    return flush((reciprocal.view(np.uint64) & upper).view(np.float64))
+def _upper_half(x: Array) -> Array:
+    return (x.view(np.uint64) & np.uint64(0xFFFFFFFF00000000)).view(np.float64)
 
 
-COMPARISONS: dict[str, Function] = {
-    **{"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater},
-    **{"ge": np.greater_equal, "lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal},
-}
+COMPARISONS = {"eq": np.equal, "ne": np.not_equal, **dict.fromkeys(("lt", "lo"), np.less)}
+COMPARISONS |= dict.fromkeys(("le", "ls"), np.less_equal) | dict.fromkeys(("gt", "hi"), np.greater)
+COMPARISONS |= dict.fromkeys(("ge", "hs"), np.greater_equal)
 
 
 def _setp(opcode: Opcode) -> Rule:

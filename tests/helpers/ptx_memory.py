@@ -24,7 +24,6 @@ class Memory:
     def __init__(self, space: str, buffers: Sequence[tuple[int, Array]], threads: int) -> None:
         self.space, self.threads = space, threads  # threads of a program
         self.buffers = [Buffer(start, data) for start, data in sorted(buffers, key=lambda b: b[0])]
-        self.starts = [buffer.start for buffer in self.buffers]
 
     def load(self, size: int, address: Array, thread: Array, when: Array) -> Array:
         """`size` bytes for each thread, [threads, size]."""
@@ -37,7 +36,7 @@ class Memory:
                     raise Fault("loads shared memory that nothing was stored to")
                 alone = (buffer.reader[at] == NOBODY) | (buffer.reader[at] == who) | (buffer.read[at] != now)
                 buffer.reader[at], buffer.read[at] = np.where(alone, who, SEVERAL), now
-                buffer.reader[at] = np.where(buffer.reader[at] == who, who, SEVERAL)  # lanes of this very load
+                buffer.reader[at[buffer.reader[at] != who]] = SEVERAL  # another lane of this load
             found[lanes] = buffer.data[at]
         return found
 
@@ -56,7 +55,7 @@ class Memory:
         """Lanes, the buffer that they reach, and its bytes, [lanes, size]."""
         if (address % size).any():
             raise Fault(f"is misaligned: an address of {self.space} memory is no multiple of {size} bytes")
-        which = np.maximum(np.searchsorted(self.starts, address, side="right") - 1, 0)
+        which = np.maximum(np.searchsorted([b.start for b in self.buffers], address, side="right") - 1, 0)
         for number in np.unique(which):
             lanes, buffer = np.flatnonzero(which == number), self.buffers[number]
             at = address[lanes, None] - buffer.start + np.arange(size)

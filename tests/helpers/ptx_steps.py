@@ -1,12 +1,11 @@
 """What the instructions of PTX do: functions of a `Machine` and the lanes that take part, made as a program is parsed.
 
-Operands: ("register", name, type), ("constant", bits), ("vector", [operand, ...]), ("address", operand, offset) and
-("name", text).
+Operands: ("register", name, type), ("constant", bits), ("name", text), ("vector", [...]), ("address", base, offset).
 """
 
 import numpy as np
 
-from .ptx_arithmetic import DTYPES, Fault, Unsupported, move, rule
+from .ptx_arithmetic import DTYPES, Fault, Opcode, Unsupported, move, rule
 
 WARP = 32
 
@@ -27,12 +26,11 @@ def reader(operand, kind):
 
 
 def writer(operand):
-    match operand:
-        case ("register", name, kind):
-            return lambda machine, values, lanes: machine.write(name, DTYPES[kind], values, lanes)
-        case ("name", "_"):
-            return lambda machine, values, lanes: None
-    raise Unsupported(f"destination {operand}")
+    if operand == ("name", "_"):
+        return lambda machine, values, lanes: None
+    _, name, kind = operand
+    dtype = DTYPES[kind]
+    return lambda machine, values, lanes: machine.write(name, dtype, values, lanes)
 
 
 def parts(operand):
@@ -63,8 +61,7 @@ def _access(opcode, operand):
 def load(opcode, operands, program):
     (kind,), writes = opcode.types, [writer(part) for part in parts(operands[0])]
     if opcode.take("param"):  # the machine has them as registers
-        read = reader(operands[1][1], kind)
-        return lambda machine, lanes: writes[0](machine, read(machine, lanes), lanes)
+        return elementwise(Opcode(f"mov.{kind}"), [operands[0], operands[1][1]], program)
     space, access = _access(opcode, operands[1])
     size = DTYPES[kind].itemsize * len(writes)
 
@@ -104,11 +101,11 @@ def matrix(opcode, operands, program):
     def step(machine, lanes):
         memory, of_lanes = machine.memory["shared"], access(machine, lanes)
         for i, port in enumerate(ports):
-            of_rows = [machine.by_warp(values, lanes)[:, 8 * i : 8 * i + 8].ravel() for values in of_lanes]
+            of_rows = [machine.grouped(values, lanes)[:, 8 * i : 8 * i + 8].ravel() for values in of_lanes]
             if loads:
                 port(machine, arranged(memory.load(16, *of_rows)).ravel(), lanes)
             else:
-                memory.store(arranged(machine.by_warp(port(machine, lanes), lanes)), *of_rows)
+                memory.store(arranged(machine.grouped(port(machine, lanes), lanes)), *of_rows)
 
     return step
 
@@ -120,7 +117,7 @@ def shuffle(opcode, operands, program):
         raise Unsupported("shuffles of a part of a warp")
 
     def step(machine, lanes):
-        values, others = (machine.by_warp(operand(machine, lanes), lanes) for operand in (read, by))
+        values, others = (machine.grouped(operand(machine, lanes), lanes) for operand in (read, by))
         source = partner(np.arange(WARP), others) % WARP
         write(machine, np.take_along_axis(values, source, 1).ravel(), lanes)
 
@@ -133,7 +130,7 @@ def add_warp(opcode, operands, program):
         raise Unsupported("unknown reduction")
 
     def step(machine, lanes):
-        values = machine.by_warp(read(machine, lanes), lanes)
+        values = machine.grouped(read(machine, lanes), lanes)
         if (members(machine, lanes) != -1).any():
             raise Fault("leaves out lanes of a warp")
         write(machine, np.repeat(values.sum(1, dtype=values.dtype), WARP), lanes)
