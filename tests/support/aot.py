@@ -54,11 +54,13 @@ class DryRun:
     """Context manager in which launches compile for `target`, one of `TARGETS`, instead of running.
 
     Everything before the GPU is real: the library's Python, the specialization of arguments by value and alignment,
-    options, grid, compiler. Tensors may be on the CPU or, where memory matters, on meta; outputs keep what they held.
+    options, grid, compiler. Tensors may be on the CPU or, where memory matters, on meta; outputs keep what they held,
+    unless `execute`, which is called with every launch, writes them.
     """
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, execute: Callable[[DryLaunch], None] | None = None) -> None:
         self.target = target
+        self._execute = execute
         self.launches: list[DryLaunch] = []
 
     def __enter__(self) -> Self:
@@ -95,6 +97,8 @@ class DryRun:
             bound.apply_defaults()
             arguments = dict(bound.arguments)
             self.launches.append(DryLaunch(kernel, tuple(grid(arguments) if callable(grid) else grid), arguments))
+            if self._execute is not None:
+                self._execute(self.launches[-1])
         return kernel
 
 

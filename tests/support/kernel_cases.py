@@ -79,8 +79,15 @@ class Floor(NamedTuple):
         return self.read + self.written
 
 
-class Step(NamedTuple):
+class Call(NamedTuple):
+    function: Callable[..., Any]
+    arguments: dict[str, Any]
     inputs: tuple[Tensor, ...]  # those that require a gradient
+    planes: tuple[Tensor, ...]  # what the options were made of
+
+
+class Step(NamedTuple):
+    inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
 
 
@@ -172,7 +179,7 @@ class Case:
         # in float16 an unscaled gradient would underflow
         return self.dtype != torch.float16 and "target" not in self.options
 
-    def forward(self, device: str = "cpu") -> Step:
+    def call(self, device: str = "cpu") -> Call:
         """Random inputs on the CPU, the same every time; on meta, none."""
         draw = torch.Generator().manual_seed(5) if device == "cpu" else None
 
@@ -186,41 +193,44 @@ class Case:
             return made.requires_grad_(leaf)
 
         if self.op == "noise":
-            return Step((), (fastvae.philox_normal(self.shape, seed=7, dtype=self.dtype, device=device),))
-        clamp = (-30.0, 20.0) if self.clamp else None
-        if self.op == "stats":
-            mu, logvar = (tensor(self.shape, self.dtype, leaf=False) for _ in range(2))
-            return Step((), latent_stats(mu, logvar, logvar_clamp=clamp))
-        if self.op in ("sample", "sample_kl"):
-            mu, logvar = inputs = tensor(self.shape, self.dtype), tensor(self.shape, self.dtype)
-            if self.op == "sample":
-                return Step(inputs, (fastvae.reparameterize(mu, logvar, seed=7, logvar_clamp=clamp),))
-            return Step(inputs, fastvae.reparameterize_kl(mu, logvar, seed=7, logvar_clamp=clamp))
+            arguments = {"shape": self.shape, "seed": 7, "dtype": self.dtype, "device": device}
+            return Call(fastvae.philox_normal, arguments, (), ())
         latents = self.shape[0], self.latent_cols or self.shape[1]
         wide = torch.promote_types(self.dtype, torch.float32)
-        planes = {
+        make = {
             "image": lambda: tensor(self.shape, self.dtype),
             "mask": lambda: tensor(self.shape, torch.uint8, leaf=False) > 127,
             "latent": lambda: tensor(latents, self.dtype),
             "sample": lambda: tensor(self.shape[:1], wide, leaf=False),
         }
-        more, arguments = [], {}
+        planes, arguments = [], {"logvar_clamp": (-30.0, 20.0)} if self.clamp else {}
         for option in map(OPTIONS.__getitem__, self.options):
-            made = [planes[plane]() for plane in option.planes]
+            made = [make[plane]() for plane in option.planes]
             arguments |= option.arguments(*made)
-            more += [t for t in made if t.requires_grad]
+            planes += made
         if self.op != "loss":
-            mu, logvar = tensor(latents, self.dtype), tensor(latents, self.dtype)
-        if self.op == "kl":
-            return Step((mu, logvar, *more), (fastvae.gaussian_kl(mu, logvar, logvar_clamp=clamp, **arguments),))
-        recon = tensor(self.shape, self.dtype)
-        target = tensor(self.shape, self.target_dtype or self.dtype, leaf="target" in self.options)
-        more += [target] * target.requires_grad
-        if self.op == "whole_loss":
-            terms = fastvae.vae_loss(recon, target, mu, logvar, logvar_clamp=clamp, **arguments)
-            return Step((recon, mu, logvar, *more), (terms.loss,))
-        kl = tensor(self.shape[:1], wide)
-        return Step((recon, kl, *more), (fastvae.vae_loss(recon, target, kl=kl, **arguments).loss,))
+            leaf = self.op != "stats"
+            arguments |= {name: tensor(latents, self.dtype, leaf=leaf) for name in ("mu", "logvar")}
+        if "loss" in self.op:
+            arguments["recon"] = tensor(self.shape, self.dtype)
+            arguments["target"] = tensor(self.shape, self.target_dtype or self.dtype, leaf="target" in self.options)
+        if self.op == "loss":
+            arguments["kl"] = tensor(self.shape[:1], wide)
+        if self.op in ("sample", "sample_kl"):
+            arguments["seed"] = 7
+        inputs = [arguments[name] for name in ("recon", "mu", "logvar", "kl", "target") if name in arguments]
+        function = {
+            **{"sample": fastvae.reparameterize, "sample_kl": fastvae.reparameterize_kl, "kl": fastvae.gaussian_kl},
+            **{"stats": latent_stats, "loss": fastvae.vae_loss, "whole_loss": fastvae.vae_loss},
+        }[self.op]
+        return Call(function, arguments, tuple(t for t in (*inputs, *planes) if t.requires_grad), tuple(planes))
+
+    def forward(self, device: str = "cpu") -> Step:
+        call = self.call(device)
+        result = call.function(**call.arguments)
+        if isinstance(result, fastvae.VAELossTerms):
+            result = result.loss
+        return Step(call.inputs, (result,) if isinstance(result, Tensor) else tuple(result))
 
     def backward(self, step: Step) -> tuple[Tensor, ...]:
         if not step.inputs:

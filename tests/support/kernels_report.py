@@ -1,7 +1,7 @@
 """A table of what every kernel costs: `python -m tests.support.kernels_report` prints it in Markdown. Needs no GPU.
 
 Bytes and launches are counted in the interpreter, the rest is read from compiled code; Triton decides between the two
-when it is imported, so the first half runs in a process of its own.
+when it is imported, so the first half runs in a process of its own. A second table predicts speed: see `speed_model`.
 """
 
 import json
@@ -14,7 +14,9 @@ from unittest import mock
 import torch
 
 import fastvae
+from tests.support.aot import DryRun, report
 from tests.support.kernel_cases import MIXED, WHAT_IT_DOES, Case, Floor, elements_per_program
+from tests.support.speed_model import H100, H200, predict
 
 TARGETS = ("sm_80", "sm_90", "sm_100")
 COLUMNS = ("kernel", "of", "storage", "bytes", "floor", "launches", "registers", "spills", "access", "instructions")
@@ -22,6 +24,17 @@ DTYPES = (torch.float32, torch.bfloat16)
 CASES = [
     *(Case(op, dtype) for op in ("noise", "sample", "sample_kl", "kl") for dtype in DTYPES),
     *(Case("loss", *dtypes) for dtypes in [(dtype,) for dtype in DTYPES] + list(MIXED)),
+]
+SPEED_COLUMNS = ("of", "storage", "bytes", "instructions", "warps", "KiB in flight", "bound", H100.name, H200.name)
+LARGE, MANY_ROWS = (2**15, 2**12), (2**17, 2**10)  # of images or latents; for statistics of columns
+SPEED_CASES = [
+    *(replace(case, shape=LARGE) for case in CASES),
+    *(Case("stats", dtype, shape=MANY_ROWS) for dtype in DTYPES),
+    *(
+        Case("loss", *dtypes, shape=LARGE, options=(name,))
+        for name in ("bernoulli", "bernoulli_probs", "log_cosh")
+        for dtypes in (DTYPES[:1], MIXED[0])
+    ),
 ]
 
 
@@ -32,7 +45,7 @@ def halves(case: Case) -> list[tuple[str, Case, Floor]]:
         scaled = replace(case, upstream=3.0)
         found.append(("backward, upstream 1", case, case.backward_floor))
         found.append(("backward, upstream 3", scaled, scaled.backward_floor))
-    elif case.op != "noise":
+    elif case.op not in ("noise", "stats"):
         found.append(("backward", case, case.backward_floor))
     return found
 
@@ -56,8 +69,6 @@ def metered() -> dict[str, tuple[float, int]]:
 
 def compiled(case: Case, half: str) -> tuple[str, str, str, str, str]:
     """Kernel, registers, bytes spilled, bits of an access, instructions per element. For a process that compiles."""
-    from tests.support.aot import DryRun, report
-
     facts = {}
     for target in TARGETS:
         with DryRun(target) as forward:
@@ -79,6 +90,44 @@ def compiled(case: Case, half: str) -> tuple[str, str, str, str, str]:
     )
 
 
+def speeds() -> str:
+    """Predicted parts of the peak bandwidth on GPUs of sm_90, large tensors."""
+    rows = [SPEED_COLUMNS, ("---",) * len(SPEED_COLUMNS)]
+    for case in SPEED_CASES:
+        for half, variant, floor in halves(case):
+            if floor.total:
+                rows.append((f"{WHAT_IT_DOES[case.op]} {half}", *speed(variant, half, floor)))
+    return markdown(rows)
+
+
+def speed(case: Case, half: str, floor: Floor) -> tuple[str, ...]:
+    with DryRun("sm_90") as forward:
+        step = case.forward("meta")
+    with DryRun("sm_90") as backward:
+        case.backward(step)
+    launch = (forward if half == "forward" else backward).launches[0]
+    path = report(launch.kernel).paths[-1 if half == "backward, upstream 3" else 0]
+    on_h100, on_h200 = (predict(launch, path, floor.total, case.n_elements, gpu) for gpu in (H100, H200))
+    return (
+        " ".join([storage(case), *case.options]),
+        str(floor.total),
+        f"{on_h100.instructions:.0f}",
+        f"{on_h100.occupancy:.0%}",
+        f"{on_h100.in_flight / 1024:.0f}",
+        on_h100.bound,
+        f"{on_h100.share:.0%}",
+        f"{on_h200.share:.0%}",
+    )
+
+
+def storage(case: Case) -> str:
+    return " + ".join(str(d).removeprefix("torch.") for d in (case.dtype, case.target_dtype) if d)
+
+
+def markdown(rows: list[tuple[str, ...]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 def table() -> str:
     command = [sys.executable, "-m", __spec__.name, "--metered"]
     interpreted = subprocess.run(
@@ -86,16 +135,26 @@ def table() -> str:
     )
     traffic = json.loads(interpreted.stdout)
     rows = [COLUMNS, ("---",) * len(COLUMNS)]
+    for case in CASES:
+        for half, variant, floor in halves(case):
+            bytes_per_element, launches = traffic[f"{case} {half}"]
+            kernel, *facts = compiled(variant, half)
+            cost = f"{bytes_per_element:.2f}", str(floor.total), str(launches)
+            rows.append((kernel, f"{WHAT_IT_DOES[case.op]} {half}", storage(case), *cost, *facts))
+    return markdown(rows)
+
+
+def main() -> None:
+    if "--metered" in sys.argv:
+        print(json.dumps(metered()))
+        return
     with mock.patch("fastvae._backend._triton_obstacle", return_value=None), fastvae.use_backend("triton"):
-        for case in CASES:
-            for half, variant, floor in halves(case):
-                bytes_per_element, launches = traffic[f"{case} {half}"]
-                kernel, *facts = compiled(variant, half)
-                storage = " + ".join(str(d).removeprefix("torch.") for d in (case.dtype, case.target_dtype) if d)
-                cost = f"{bytes_per_element:.2f}", str(floor.total), str(launches)
-                rows.append((kernel, f"{WHAT_IT_DOES[case.op]} {half}", storage, *cost, *facts))
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        print(table())
+        print(
+            "\nPredicted by a model, not measured: part of the peak bandwidth, and what bounds it on the first GPU.\n"
+        )
+        print(speeds())
 
 
 if __name__ == "__main__":
-    print(json.dumps(metered()) if "--metered" in sys.argv else table())
+    main()
