@@ -217,12 +217,12 @@ def test_a_grid_covers_more_than_2_31_elements():
 # instructions per element on sm_90, of the cheapest path through whole tiles
 BUDGETS = {"sample": 56, "sample_kl": 64}
 MEASURED = {  # forward, backward
-    Case("noise", F32): (39.3,),
-    Case("noise", BF16): (39.8,),
-    Case("sample", F32): (46.4, 50.2),
-    Case("sample", BF16): (49.5, 52.6),
-    Case("sample_kl", F32): (62.9, 64.4),
-    Case("sample_kl", BF16): (63.9, 69.1),
+    Case("noise", F32): (35.7,),
+    Case("noise", BF16): (36.0,),
+    Case("sample", F32): (42.8, 46.5),
+    Case("sample", BF16): (45.7, 49.0),
+    Case("sample_kl", F32): (59.2, 60.6),
+    Case("sample_kl", BF16): (60.1, 65.4),
     Case("kl", F32): (28.4, 28.9),
     Case("kl", BF16): (24.6, 24.9),
     # a round and what comes once for all of a range's rounds, which alone cost 30 and 33
