@@ -8,6 +8,7 @@ STAMP := $(VENV)/.installed
 # without an NVIDIA driver a pinned torch spares gigabytes of CUDA libraries; with one, the newest that fits
 TORCH := $(if $(wildcard /proc/driver/nvidia/version /dev/nvidiactl /dev/dxg),,torch==2.13.0)
 TRAIN_ARGS ?=
+BENCH_ARGS ?=
 PART ?= all
 
 .DEFAULT_GOAL := help
@@ -35,12 +36,12 @@ test: check ## everything that CI runs
 	TRITON_INTERPRET=0 $(PYTEST) -n auto -m compiled
 	$(PYTEST) benchmarks --benchmark-disable
 
-# a heap that keeps what is freed, where malloc is glibc's: else it is chance who of the peers gets fresh pages
-bench: $(STAMP) ## time fastvae against its peers on this machine
+# a heap that keeps what is freed, where malloc is glibc's: else it is chance which provider gets fresh pages
+bench: $(STAMP) ## compare fastvae with PyTorch and other packages on this machine (BENCH_ARGS="--scale full --record NAME")
 	GLIBC_TUNABLES=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184 \
-	$(BIN)/python -m pytest benchmarks --benchmark-only
+	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
-gpu: ## on a machine with a GPU: all GPU tests, then timings, into benchmarks/results (PART=tests, bench, sweep or all)
+gpu: ## on a machine with a GPU: all GPU tests, then timings, into benchmarks/results (PART=tests, bench or all)
 	PYTHONPATH=.:kernels $(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu --part $(PART)
 
 kernels-report: $(STAMP) ## what each kernel moves and compiles to, as a table
