@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     path = None if options.record is None else RESULTS / f"{options.record}.json"
     results = Results(path, environment(device, options.threads))
     measure(results, cases, device, seconds=options.seconds, threads=options.threads)
-    print(f"\n{results.write_markdown()}\nwritten: {path}")
+    print(f"\n{results.write_markdown()}\nwritten: {path or 'nothing, for want of --record NAME'}")
     return 1 if failures(results.cases) else 0
 
 

@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.part != "bench":
         share = 1.0 if options.part == "tests" else TESTS_SHARE
         run_tests(results, device, begin + share * options.budget, options.dry)
-    cases = [] if options.part == "tests" else suite("tiny" if options.dry else "full", device)
+    cases = [] if options.part == "tests" else suite("tiny" if options.dry else "default", device)
     cases = [case for case in cases if case.name in DRY or not options.dry]
     complete = measure(results, cases, device, begin + options.budget, seconds=0.01 if options.dry else 0.35)
     print(f"{results.write_markdown()}\nwritten: {path}")
@@ -84,7 +84,8 @@ def run_tests(results: Results, device: torch.device, deadline: float, dry: bool
                 status: int | None = process.wait(timeout=max(deadline - time.monotonic(), 1.0))
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)  # what it started too
-                status = process.wait() and None
+                process.wait()
+                status = None
             figures = summary(log.read_text(errors="replace"), status)
             results.record(f"tests {name}", figures)
             print(f"tests {name}: {figures}", flush=True)

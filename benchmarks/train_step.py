@@ -46,7 +46,7 @@ class StepCase:
 
     @property
     def name(self) -> str:
-        return f"step {self.network} B={self.batch} {self.precision.name}{' compiled' * self.compiled}"
+        return f"step {self.network} {self.batch} {self.precision.name}{' compiled' * self.compiled}"
 
     @property
     def providers(self) -> tuple[str, ...]:
