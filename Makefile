@@ -8,12 +8,13 @@ STAMP := $(VENV)/.installed
 # without an NVIDIA driver a pinned torch spares gigabytes of CUDA libraries; with one, the newest that fits
 TORCH := $(if $(wildcard /proc/driver/nvidia/version /dev/nvidiactl /dev/dxg),,torch==2.13.0)
 TRAIN_ARGS ?=
+BENCH_ARGS ?=
 PART ?= all
 N ?= 10000
 SEED ?= 0
 BACKEND ?= torch
 # modules that are no public API, as patterns of pdoc
-PRIVATE := '!fastvae\.(_|cli|fallback|objective|ops|sampling|terms)'
+PRIVATE := '!fastvae\.(_|cli|fallback|ops|sampling)'
 
 .DEFAULT_GOAL := help
 .PHONY: help train test fuzz bench gpu kernels-report docs check format clean
@@ -43,12 +44,12 @@ test: check ## everything that CI runs
 fuzz: $(STAMP) ## compare N random losses with a formula in float64 (SEED, BACKEND=triton or torch)
 	$(BIN)/python -m tests.fuzz --cases $(N) --seed $(SEED) --backend $(BACKEND)
 
-# a heap that keeps what is freed, where malloc is glibc's: else it is chance who of the peers gets fresh pages
-bench: $(STAMP) ## time fastvae against its peers on this machine
+# a heap that keeps what is freed, where malloc is glibc's: else it is chance which provider gets fresh pages
+bench: $(STAMP) ## compare fastvae with PyTorch and other packages on this machine (BENCH_ARGS="--scale full --record NAME")
 	GLIBC_TUNABLES=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184 \
-	$(BIN)/python -m pytest benchmarks --benchmark-only
+	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
-gpu: ## on a machine with a GPU: all GPU tests, then timings, into benchmarks/results (PART=tests, bench, sweep or all)
+gpu: ## on a machine with a GPU: all GPU tests, then timings, into benchmarks/results (PART=tests, bench or all)
 	PYTHONPATH=.:kernels $(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu --part $(PART)
 
 kernels-report: $(STAMP) ## what each kernel moves and compiles to, as a table

@@ -1,8 +1,7 @@
-"""Paired benchmarks of fastvae and its peers: `pytest benchmarks --benchmark-only`, and `python -m benchmarks.gpu`."""
+"""fastvae against textbook PyTorch, torch.compile and other packages: `python -m benchmarks` compares them in turns,
+`pytest benchmarks --benchmark-only` times each by itself, `python -m benchmarks.gpu` is for a machine with a GPU."""
 
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
-if find_spec("fastvae_kernels") is None:  # a checkout that is not installed
-    sys.path.insert(0, str(Path(__file__).parent.parent / "kernels"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "kernels"))  # of this checkout, whatever is installed

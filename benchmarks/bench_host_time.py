@@ -1,8 +1,7 @@
 """What a loss costs the host: Python, checks, autograd and dispatcher, without the work of a device.
 
-On a GPU this is how long a step of a small batch takes, whatever the kernels do. Kernels are not launched here (for the
-fused ones nothing is; torch's run on batches of 128 single elements, whose arithmetic weighs next to nothing), so it
-says nothing about devices.
+On a GPU this is how long a step of a small batch takes, whatever the kernels do. Here fastvae's kernels are not
+launched, and torch's compute 128 elements, whose arithmetic weighs next to nothing.
 """
 
 from collections.abc import Iterator
@@ -12,28 +11,16 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import fastvae
 
-SHAPE = (128, 1)
-PROVIDERS = ("eager", "torch.compile", "fastvae kernels", "fastvae fallback")
+from .conftest import COMPILER
+from .providers import COMPILED, EAGER, FALLBACK, KERNELS, function_of
 
 
-def textbook(recon: Tensor, target: Tensor, mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
-    z = mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
-    kl = -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp())
-    return (F.mse_loss(recon, target, reduction="sum") + kl) / recon.shape[0], z
-
-
-def fused(recon: Tensor, target: Tensor, mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
-    z, kl = fastvae.reparameterize_kl(mu, logvar)
-    return fastvae.vae_loss(recon, target, kl=kl).loss, z
-
-
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    """In place of a launch."""
+def nothing(*args: Any, **kwargs: Any) -> None:
+    """In place of a launch; a MagicMock takes as long as one."""
 
 
 @contextmanager
@@ -41,35 +28,26 @@ def no_launches() -> Iterator[None]:
     """CPU tensors take the way of the Triton kernels, up to the launches."""
     triton = pytest.importorskip("triton", reason="Triton is not installed")
     with (
-        mock.patch("fastvae._backend._triton_obstacle", _nothing),
-        # a MagicMock takes as long as a launch
-        mock.patch.object(triton.JITFunction, "run", _nothing),
+        mock.patch("fastvae._backend._triton_obstacle", nothing),
+        mock.patch.object(triton.JITFunction, "run", nothing),
         fastvae.use_backend("triton"),
     ):
         yield
 
 
-@contextmanager
-def fallback() -> Iterator[None]:
-    with fastvae.use_backend("torch"):
-        yield
-
-
-@pytest.mark.parametrize("provider", PROVIDERS)
-@pytest.mark.parametrize("phase", ["forward", "forward + backward"])
+@pytest.mark.filterwarnings(*COMPILER)
+@pytest.mark.parametrize("provider", [EAGER, COMPILED, KERNELS, FALLBACK])
+@pytest.mark.parametrize("phase", ["forward", "forward+backward"])
 def bench_host_time(benchmark: Any, phase: str, provider: str) -> None:
-    function = {"eager": textbook, "torch.compile": torch.compile(textbook)}.get(provider, fused)
-    recon, target, mu, logvar = (
-        torch.rand(SHAPE).requires_grad_(name != "target") for name in ("x'", "target", "", "")
-    )
-    upstream = torch.ones(()), torch.ones(SHAPE)
+    whole, shape = function_of(provider, "whole"), (128, 1)
+    recon, target, mu, logvar = (torch.rand(shape).requires_grad_(i != 1) for i in range(4))
+    upstream = torch.ones(()), torch.ones(shape)
 
-    def step() -> None:
-        outputs = function(recon, target, mu, logvar)
-        if phase != "forward":
-            torch.autograd.grad(outputs, [recon, mu, logvar], upstream)
+    def step() -> tuple[Tensor, ...]:
+        outputs = whole(recon, target, mu, logvar)
+        return outputs if phase == "forward" else torch.autograd.grad(outputs, [recon, mu, logvar], upstream)
 
     benchmark.group = f"host time, {phase}"
-    with no_launches() if provider == "fastvae kernels" else fallback():
+    with no_launches() if provider == KERNELS else fastvae.use_backend("torch"):
         step()
         benchmark.pedantic(step, rounds=50, iterations=20, warmup_rounds=2)

@@ -1,86 +1,58 @@
-"""One group of providers on one case: each first shown to be right, then all timed in turns."""
+"""All providers of one case: each first checked, then all timed in turns in one process."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-import fastvae
+from fastvae.cli.timing import Call as Call
+from fastvae.cli.timing import Timings, clock_of, interleave
 
-from .cases import Case
-from .footprint import peak_mib
-from .measure import Call, Ratio, Timings, clock_of, interleave
-from .peers import OURS as OURS
-from .peers import OURS_IN_PLACE
+from .memory import peak_mib
+from .providers import OURS, skip_reason
 
-
-@dataclass(frozen=True)
-class Contest:
-    """What is compared: a call for each provider, and how the result of its first call is judged."""
-
-    name: str
-    calls: dict[str, Call]
-    verify: Callable[[str, Any], None]  # provider, its result; raises truth.WrongResult
-    case: Case | None = None
-    yardsticks: dict[str, Call] = field(default_factory=dict)  # timed with the others, not judged
+COPY = "copy"  # of as many bytes as the case must move: what a GPU needs at least; on a CPU caches make no such bound
 
 
-@dataclass
-class Comparison:
-    name: str
-    moved_bytes: int | None = None
-    failed: dict[str, Exception] = field(default_factory=dict)  # wrong, or did not run
-    timings: Timings = field(default_factory=lambda: Timings({}))
-    peak_mib: dict[str, float] = field(default_factory=dict)
-    case: Case | None = None
+class Run(NamedTuple):
+    """One provider on one case."""
 
-    def fail(self, provider: str) -> None:
-        raise self.failed[provider]
-
-    def ratios(self, ours: str = OURS) -> dict[str, Ratio]:
-        """Each peer's time over that of `ours`."""
-        seconds = self.timings.seconds
-        peers = [name for name in seconds if name not in (OURS, OURS_IN_PLACE)]
-        return {peer: self.timings.ratio(peer, ours) for peer in peers if ours in seconds}
+    call: Call  # number i
+    check: Callable[[Any], None]  # of what a call returned; raises truth.WrongResult
 
 
-def compare(contest: Contest, device: torch.device, seconds: float, threads: int = 1) -> Comparison:
-    """Check every provider, then time those that are right, then see what memory they need."""
-    case = contest.case
-    result = Comparison(contest.name, case.moved_bytes if case else None, case=case)
-    right = {}
-    # interpreted kernels prove and do not race: on a CPU the fallback is what users get
-    with fastvae.use_backend("auto"):
-        for name, call in contest.calls.items():
-            try:
-                contest.verify(name, call(0))
-                right[name] = call
-            except Exception as error:  # one provider's trouble is its own: the others are timed all the same
-                result.failed[name] = error.with_traceback(None)  # whose frames hold tensors
-        timed = right | contest.yardsticks
-        result.timings = interleave(timed, clock_of(device, threads), seconds=seconds, threads=threads)
-        result.peak_mib = {name: peak_mib(call, device) for name, call in right.items()}
-    return result
+def compare(case: Any, device: torch.device, seconds: float, threads: int = 1) -> dict[str, Any]:
+    """Check every provider that can run here, then time those that are right, then see what memory they need.
 
+    Args:
+        case: `cases.OpCase` or `train_step.StepCase`.
+        seconds: For the timing of all together.
 
-class RecordedClock:
-    """pytest-benchmark's timer for figures that were taken in turns: it shows the time that `play` adds up."""
-
-    def __init__(self) -> None:
-        self._now = 0.0
-
-    def read(self) -> float:
-        return self._now
-
-    def player(self, durations: list[float]) -> Callable[[], None]:
-        """A function that takes the next duration each time it is called."""
-        rest = iter(durations)
-
-        def play() -> None:
-            self._now += next(rest, 0.0)
-
-        return play
-
-
-RECORDED = RecordedClock()
+    Returns what JSON holds of it: medians with quartiles, units in the keys.
+    """
+    run_of, calls, failed = case.setup(device), {}, {}
+    for name in case.providers:
+        if skip_reason(name, device):
+            continue
+        try:
+            run = run_of(name)
+            run.check(run.call(0))
+            calls[name] = run.call
+        except Exception as error:  # one provider's trouble is its own: the others are timed all the same
+            failed[name] = f"{type(error).__name__}: {error}"[:500]
+    baselines = {}
+    if device.type == "cuda" and case.moved_bytes is not None:
+        source = torch.zeros(max(case.moved_bytes // 2, 1), dtype=torch.uint8, device=device)
+        baselines[COPY] = lambda i: source.clone()
+    timings = interleave(calls | baselines, clock_of(device, threads), seconds=seconds, threads=threads)
+    rounds = max(map(len, timings.seconds.values()), default=0)
+    us = Timings({"": [1e-6] * rounds} | timings.seconds)
+    others = [name for name in timings.seconds if name not in OURS]
+    return {
+        "moved_mb": case.moved_bytes and case.moved_bytes / 1e6,  # at least, whatever a provider does
+        "rounds": rounds,
+        "us": {name: us.ratio(name, "")._asdict() for name in timings.seconds},
+        "ratio": {name: {o: timings.ratio(o, name)._asdict() for o in others} for name in calls if name in OURS},
+        "peak_mib": {name: peak_mib(call, device) for name, call in calls.items()},
+        "failed": failed,
+    }

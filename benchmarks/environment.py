@@ -1,16 +1,22 @@
-"""Where a figure was taken: without this it means nothing."""
+"""Where and how a figure was taken."""
 
 import datetime
 import hashlib
 import os
 import platform
+import re
+import shlex
 import subprocess
+import sys
 from functools import cache
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).parent.parent
+PACKAGES = ("torch", "triton", "diffusers", "pythae")
 
 
 def allocator() -> str:
@@ -23,52 +29,33 @@ def allocator() -> str:
 
 def commit() -> str:
     """Commit of the checkout and, if files differ from it, a digest of the differences; "unknown" outside of one."""
-    git = ["git", "-C", str(ROOT)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, check=True)
-        changes = subprocess.run([*git, "diff", "HEAD"], capture_output=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    digest = f"+{hashlib.sha256(changes.stdout).hexdigest()[:8]}" if changes.stdout else ""
-    return head.stdout.decode().strip() + digest
+    git = "git rev-parse --short=12 HEAD && git diff HEAD"
+    shown = subprocess.run(git, shell=True, cwd=ROOT, capture_output=True).stdout
+    head, _, changes = shown.partition(b"\n")
+    return (head.decode() or "unknown") + (f"+{hashlib.sha256(changes).hexdigest()[:8]}" if changes else "")
 
 
 def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
-
-
-def triton_version() -> str | None:
-    try:
-        import triton
-    except ImportError:
-        return None
-    return str(triton.__version__)
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*: (.*)$", info.read_text() if info.exists() else "", re.MULTILINE)
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 @cache
-def environment(device: torch.device) -> dict[str, str | int | float | None]:
-    stamp: dict[str, str | int | float | None] = {
+def environment(device: torch.device, threads: int = 1) -> dict[str, str | int | float | None]:
+    """Date, command, versions and machine; on a CPU also the malloc that serves it, and the clock."""
+    found: dict[str, str | int | float | None] = {
         "date": datetime.date.today().isoformat(),
+        "command": shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]),
         "commit": commit(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton_version(),
+        **{package: metadata.version(package) for package in PACKAGES if find_spec(package)},
         "processor": processor(),
         "cores": os.cpu_count(),
     }
     if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        stamp |= {
-            "gpu": properties.name,
-            "cuda": torch.version.cuda or torch.version.hip,
-            "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
-            "gpu_l2_mib": round(properties.L2_cache_size / 2**20, 1),
-        }
-    else:
-        stamp |= {"allocator": allocator(), "clock": "CPU time of one thread"}
-    return stamp
+        gpu = torch.cuda.get_device_properties(device)
+        found |= {"gpu": gpu.name, "cuda": torch.version.cuda or torch.version.hip}
+        return found | {"gpu_memory_gib": round(gpu.total_memory / 2**30, 1), "gpu_l2_mib": gpu.L2_cache_size >> 20}
+    found |= {"allocator": allocator(), "threads": threads}
+    return found | {"clock": "CPU time of one thread" if threads == 1 else "wall time"}

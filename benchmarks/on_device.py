@@ -1,15 +1,12 @@
-"""pytest plugin: run device-independent tests on a GPU, split among several processes.
-
-Tensors that name no device are made on `--tensor-device`; `--shard 2/6` runs every sixth test from the second on.
-"""
+"""pytest plugin: run device-independent tests on a GPU, split among several processes."""
 
 import pytest
 import torch
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--tensor-device", default="cpu", help="default device of new tensors")
-    parser.addoption("--shard", default="1/1", help="part of the tests to run: number/of")
+    parser.addoption("--tensor-device", default="cpu", help="of tensors that name no device")
+    parser.addoption("--shard", default="1/1", help="2/6: every sixth test from the second on")
 
 
 def pytest_configure(config: pytest.Config) -> None:

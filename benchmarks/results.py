@@ -1,76 +1,91 @@
-"""Figures of a run on one GPU, one day, one commit: kept after every measurement, so that a run can be resumed."""
+"""Recorded figures: JSON with the environment, written after every case, and tables of it in Markdown."""
 
-import re
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fastvae._files import dump_json, null_non_finite, read_json_object, write_bytes
+from fastvae._files import write_bytes, write_json
 
 Figures = dict[str, Any]
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """The old file or the new one, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, text.encode())
+Rows = list[list[str]]  # the first is the head
+_VARIES = ("date", "command")  # what may differ between two runs into one file
 
 
 class Results:
-    """`<gpu>-<date>.json`: the environment, and figures by part and case.
+    """The environment, and the figures of each case, in memory and, unless `path` is None, in a JSON file.
 
-    Args:
-        folder: Where the file stands.
-        environment: Stamp of this machine and checkout; its "gpu", "date" and "commit" decide which file is resumed.
-        fresh: Measure again what the file holds already.
+    What the file holds of this commit and machine stays.
     """
 
-    def __init__(self, folder: Path, environment: Figures, *, fresh: bool = False) -> None:
-        gpu = re.sub(r"[^a-z0-9]+", "-", str(environment.get("gpu", "cpu")).lower()).strip("-")
-        self.path = folder / f"{gpu}-{environment['date']}.json"
-        self.content: dict[str, Any] = {"environment": environment, "parts": {}}
-        if self.path.exists():
-            earlier = read_json_object(self.path)
-            commit = earlier["environment"]["commit"]
-            if commit != environment["commit"]:  # other code: its figures stay, under another name
-                self.path.replace(self.path.with_name(f"{self.path.stem}-{commit}.json"))
-            elif not fresh:
-                self.content["parts"] = earlier["parts"]
+    def __init__(self, path: Path | None, environment: Figures) -> None:
+        self.path = path
+        self.cases: dict[str, Figures] = {}
+        self.content: Figures = {"environment": environment, "cases": self.cases}
+        if path is not None and path.exists():
+            earlier = json.loads(path.read_text())
+            if all(earlier["environment"].get(key) == v for key, v in environment.items() if key not in _VARIES):
+                self.cases |= earlier["cases"]
 
-    def has(self, part: str, case: str) -> bool:
+    def has(self, case: str) -> bool:
         """Whether the case is recorded and nothing in it failed."""
-        return "failed" not in self.content["parts"].get(part, {}).get(case, {"failed": "not measured"})
+        return case in self.cases and not self.cases[case].get("failed")
 
-    def record(self, part: str, case: str, figures: Figures) -> None:
-        """Keep the figures; "failed" among them says what went wrong, and has the case tried again by a later run."""
-        self.content["parts"].setdefault(part, {})[case] = figures
-        write_atomically(self.path, dump_json(null_non_finite(self.content), indent=1))
+    def record(self, case: str, figures: Figures) -> None:
+        """Keep the figures. What "failed" among them has the case tried again by a later run."""
+        self.cases[case] = figures
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.path, self.content)
 
-    def write_markdown(self) -> Path:
-        """A table of each part beside the file; returns its path."""
-        lines = [f"# {self.path.stem}", ""]
-        lines += [f"- {key}: {value}" for key, value in self.content["environment"].items()]
-        for part, cases in self.content["parts"].items():
-            columns = list(dict.fromkeys(key for figures in cases.values() for key in figures))
-            lines += [
-                "",
-                f"## {part}",
-                "",
-                markdown_row(["case", *columns]),
-                markdown_row(["---"] * (1 + len(columns))),
-            ]
-            lines += [
-                markdown_row([case, *(_cell(figures.get(c)) for c in columns)]) for case, figures in cases.items()
-            ]
-        path = self.path.with_suffix(".md")
-        write_atomically(path, "\n".join(lines) + "\n")
-        return path
+    def write_markdown(self) -> str:
+        """Environment, times and ratios, memory, best and worst, and what failed; also in a file beside the JSON."""
+        lines = ["# Benchmarks", "", *(f"- {key}: {value}" for key, value in self.content["environment"].items())]
+        lines += ["", "## Median time, and how many times as long each baseline takes: median (quartiles)", ""]
+        lines += [*_table(ratios(self.cases)), "", "## Peak memory of one call, MiB", "", *_table(memory(self.cases))]
+        lines += ["", "## Summary", "", *(f"- {line}" for line in [*extremes(self.cases), *failures(self.cases)]), ""]
+        if self.path is not None and self.path.exists():
+            write_bytes(self.path.with_suffix(".md"), "\n".join(lines).encode())
+        return "\n".join(lines)
 
 
-def markdown_row(cells: list[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+def _table(rows: Rows) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:])]
 
 
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _ratios(cases: dict[str, Figures]) -> Iterator[tuple[str, str, dict[str, Figures]]]:
+    """Case, provider of ours, ratios by baseline."""
+    for case, figures in cases.items():
+        yield from ((case, ours, found) for ours, found in figures.get("ratio", {}).items())
+
+
+def ratios(cases: dict[str, Figures]) -> Rows:
+    """The time of each of ours, and how many times as long each baseline took."""
+    baselines = list(dict.fromkeys(name for _, _, found in _ratios(cases) for name in found))
+    rows = [["case", "provider", "time", *baselines]]
+    for case, ours, found in _ratios(cases):
+        cells = ["{median:.2f}x ({low:.2f}-{high:.2f})".format(**found[b]) if b in found else "-" for b in baselines]
+        us = cases[case]["us"][ours]["median"]
+        rows.append([case, ours, f"{us / 1e3:.2f} ms" if us >= 1e3 else f"{us:.1f} us", *cells])
+    return rows
+
+
+def memory(cases: dict[str, Figures]) -> Rows:
+    peaks = {case: figures.get("peak_mib", {}) for case, figures in cases.items()}
+    names = list(dict.fromkeys(name for found in peaks.values() for name in found))
+    cell = {case: [f"{found[n]:.2f}" if n in found else "-" for n in names] for case, found in peaks.items() if found}
+    return [["case", *names], *([case, *row] for case, row in cell.items())]
+
+
+def extremes(cases: dict[str, Figures]) -> list[str]:
+    """For each of ours and each baseline, the best case and the worst."""
+    found: dict[str, list[tuple[float, str]]] = {}
+    for case, ours, by_baseline in _ratios(cases):
+        for baseline, ratio in by_baseline.items():
+            found.setdefault(f"{ours} against {baseline}", []).append((ratio["median"], case))
+    line = "{}: best {:.2f}x ({}), worst {:.2f}x ({})"
+    return [line.format(pair, *max(medians), *min(medians)) for pair, medians in found.items()]
+
+
+def failures(cases: dict[str, Figures]) -> list[str]:
+    return [f"{case}: {name}: {e}" for case, figures in cases.items() for name, e in figures.get("failed", {}).items()]

@@ -1,6 +1,6 @@
 """What only a GPU can show: compiled kernels, streams, graphs, no waiting for the device.
 
-The parity tests run there too, with their tensors on the GPU: see `benchmarks/gpu_tests.py`.
+The parity tests run there too, with their tensors on the GPU: see `benchmarks/gpu.py`.
 """
 
 import pytest

@@ -69,7 +69,7 @@ def _weights(samples, rows, mask):
 def _sample_terms_kernel(
     sums_ptr,  # [4, n_rows] float64, read
     samples,  # Samples
-    options,  # SampleOptions
+    sample_options,  # SampleOptions
     numbers,  # Numbers
     loss_ptr,  # 0-d or [n_rows], written, as are the terms
     recon_ptr,
@@ -98,7 +98,7 @@ def _sample_terms_kernel(
         rows = (pid * n_blocks + block) * BLOCK + tl.arange(0, BLOCK)
         mask = rows < n_rows
         weight = _weights(samples, rows, mask)
-        recon, kl, regularized, counts, _, _, _, _, _ = sample_terms(sums_ptr, samples, options, capacity, rows, n_rows)
+        recon, kl, regularized, counts, _, _, _, _, _ = sample_terms(sums_ptr, samples, sample_options, capacity, rows, n_rows)
         recons += tl.where(mask & (counts != 0), weight * recon, 0.0)
         kls += tl.where(mask, weight * kl, 0.0)
         regularizeds += tl.where(mask, weight * regularized, 0.0)
@@ -119,7 +119,7 @@ def _sample_terms_kernel(
         excess = tl.sum(regularizeds) * kl_factor
         regularized_term = excess
         if numbers.capacity is not None:
-            if not options.capacity_per_sample:
+            if not sample_options.capacity_per_sample:
                 excess -= capacity * (kl_factor * n_rows)
                 regularized_term = tl.abs(excess)
         tl.store(loss_ptr, (recon_weight * recon_term + beta * regularized_term).to(dtype))
@@ -170,7 +170,7 @@ def _store_sum(ptr, values):
 def _sample_gradients_kernel(
     sums_ptr,  # [4, n_rows] float64, read
     samples,  # Samples
-    options,  # SampleOptions
+    sample_options,  # SampleOptions
     state_ptr,  # [N_STATE] float64, read
     dloss_ptr,  # 0-d or [n_rows], read, as are the next two; None: no gradient was given
     drecon_term_ptr,
@@ -207,7 +207,7 @@ def _sample_gradients_kernel(
         dkl_term = _upstream(dkl_term_ptr, rows, mask, PER_SAMPLE)
         weight = _weights(samples, rows, mask)
         recon, kl, regularized, counts, scaled, inverse_scale, slope, passes, capacity_sign = sample_terms(
-            sums_ptr, samples, options, capacity, rows, n_rows
+            sums_ptr, samples, sample_options, capacity, rows, n_rows
         )
         of_recon = (dloss * recon_weight + drecon_term) * normalizer
         of_kl = dkl_term * kl_factor
@@ -217,24 +217,24 @@ def _sample_gradients_kernel(
         coefficient_kl = of_kl * weight
         if not HAS_ELEMENT_FREE_BITS:
             coefficient_kl += through
-        tl.store(coefficients_ptr + rows, by_error * unpack_f64(options.error_weight, tl.float64), mask=mask)
+        tl.store(coefficients_ptr + rows, by_error * unpack_f64(sample_options.error_weight, tl.float64), mask=mask)
         tl.store(coefficients_ptr + n_rows + rows, dloss + drecon_term / recon_weight, mask=mask)
         tl.store(coefficients_ptr + 2 * n_rows + rows, coefficient_kl, mask=mask)
         tl.store(coefficients_ptr + 3 * n_rows + rows, through, mask=mask)
         _store(gradients.kl, coefficient_kl, rows, mask)
         _store(gradients.weight, of_recon * recon + of_kl * kl + of_regularized * regularized, rows, mask)
-        _store(gradients.extra, by_error * counts * unpack_f64(options.extra_weight, tl.float64), rows, mask)
+        _store(gradients.extra, by_error * counts * unpack_f64(sample_options.extra_weight, tl.float64), rows, mask)
         if gradients.log_scale is not None:
-            of_scale = counts * unpack_f64(options.nll_weight, tl.float64) - scaled
+            of_scale = counts * unpack_f64(sample_options.nll_weight, tl.float64) - scaled
             dlog_scale = tl.where((counts == 0) | ~mask, 0.0, of_recon * weight * of_scale * slope)
             dlog_scales += dlog_scale
-            if not options.one_scale:
+            if not sample_options.one_scale:
                 _store(gradients.log_scale, dlog_scale, rows, mask)
         if PER_SAMPLE:
             dbetas += tl.where(mask, dloss * weight * regularized, 0.0)
             drecon_weights += tl.where(mask, dloss * weight * recon, 0.0)
         dcapacities -= tl.where(mask, of_regularized * weight * capacity_sign, 0.0)
-    if options.one_scale:
+    if sample_options.one_scale:
         _store_sum(gradients.log_scale, dlog_scales)
     if PER_SAMPLE:
         _store_sum(dbeta_ptr, dbetas)
@@ -276,7 +276,7 @@ def sample_terms_fwd(
     _sample_terms_kernel[(n_blocks if plan.per_sample else 1,)](
         sums_ptr=sums,
         samples=samples,
-        options=plan.options,
+        sample_options=plan.options,
         numbers=pack_numbers(numbers),
         loss_ptr=loss,
         recon_ptr=recon_term,
@@ -319,7 +319,7 @@ def sample_gradients(
     _sample_gradients_kernel[(1 if one_program else n_blocks,)](
         sums_ptr=sums,
         samples=samples,
-        options=plan.options,
+        sample_options=plan.options,
         state_ptr=state,
         dloss_ptr=upstream[0],
         drecon_term_ptr=upstream[1],

@@ -1,7 +1,7 @@
 """The trainer beside a textbook loop that trains the same net on the embedded images: what both reach, and how fast.
 
-`python -m benchmarks.trainer` prints it. The net, its loss and the loop are written here as a tutorial would, with the
-same initial weights, learning rates and number of steps; the order of the images and the noise are its own.
+`python -m tests.support.textbook` prints it. The net, its loss and the loop are written here as a tutorial would, with
+the same initial weights, learning rates and number of steps; the order of the images and the noise are its own.
 """
 
 import argparse
@@ -21,12 +21,9 @@ from torch.utils.data import DataLoader
 from fastvae import data
 from fastvae.models import VAE
 from fastvae.training import TrainConfig, train
-from fastvae.training.distributed import ALONE
 from fastvae.training.events import Event, Logged
-from fastvae.training.objective import Objective
 from fastvae.training.schedule import learning_rate
-from fastvae.training.setup import make_optimizer, model_config
-from fastvae.training.step import accumulated, clip_gradients
+from fastvae.training.setup import model_config
 
 BLOCK = 20  # steps timed at once, after which the trainer logs
 
@@ -91,69 +88,45 @@ def textbook(config: TrainConfig) -> Iterator[float]:
         yield loss_function(recon, x, mu, logvar).item()
 
 
-def bare(config: TrainConfig) -> Iterator[None]:
-    """Steps of fastvae's model, loss and optimizer on one batch that is there: nothing loaded, checked or logged."""
-    train_set, _ = data.split(data.load(config.data), validation=config.validation)
-    model = VAE(model_config(config, (1, 28, 28)))
-    objective = Objective.of(config, model, batch_size=config.batch_size, total_steps=100)
-    parameters = list(objective.parameters())
-    optimizer, scaler = make_optimizer(config, objective), torch.amp.GradScaler("cpu", enabled=False)
-    images = torch.stack([train_set[i] for i in range(config.batch_size)])
-    while True:
-        for step in range(BLOCK):
-            accumulated(config, objective, objective, images, 0, step, scaler, ALONE)
-            clip_gradients(parameters, config.clip_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-        yield
-
-
-class Beside:
-    """The trainer's listener: after each of its blocks of steps a block of each of the others, so that a machine whose
-    speed drifts drifts for all."""
+class InTurns:
+    """The trainer's listener: after each of its blocks of steps it runs one of the textbook's, so that a machine whose
+    speed drifts drifts for both."""
 
     def __init__(self, config: TrainConfig) -> None:
-        self.others = {"textbook": textbook(config), "bare": bare(config)}
-        self.seconds: dict[str, list[float]] = {"trainer": [], **{name: [] for name in self.others}}
+        self.textbook = textbook(config)
+        self.ratios: list[float] = []  # time of the trainer's block over the textbook's
         self.started: float | None = None  # of the block, unless something else than steps came between
 
     def __call__(self, event: Event) -> None:
-        now = time.perf_counter()
+        seconds = None if self.started is None else time.perf_counter() - self.started
         if not isinstance(event, Logged):
             return
         if event.record["split"] == "validation" or event.record["step"] % BLOCK:
             self.started = None
             return
-        if self.started is not None:
-            self.seconds["trainer"].append(now - self.started)
-        for name, other in self.others.items():
-            before = time.perf_counter()
-            next(other)
-            if self.started is not None:
-                self.seconds[name].append(time.perf_counter() - before)
+        before = time.perf_counter()
+        next(self.textbook)
         self.started = time.perf_counter()
+        if seconds is not None:
+            self.ratios.append(seconds / (self.started - before))
 
 
 class Compared(NamedTuple):
-    """The trainer beside the textbook."""
+    """The trainer and the textbook after the same steps."""
 
     nats: float
     textbook_nats: float
-    over_textbook: float
+    step_ratio: float
     """Time of a step over that of the textbook's: median of paired blocks."""
-    over_bare: float
-    """Over that of model, loss and optimizer alone."""
 
 
 def compare(config: TrainConfig) -> Compared:
     """Train both."""
-    beside = Beside(config)
+    turns = InTurns(config)
     with tempfile.TemporaryDirectory() as folder:
-        nats = train(replace(config, out=Path(folder) / "run"), on_event=beside).evaluation.nats
-    (*_, textbook_nats) = beside.others["textbook"]
-    ours = beside.seconds["trainer"]
-    over = (statistics.median(a / b for a, b in zip(ours, beside.seconds[name], strict=True)) for name in beside.others)
-    return Compared(nats, textbook_nats, *over)
+        nats = train(replace(config, out=Path(folder) / "run"), on_event=turns).evaluation.nats
+    (*_, textbook_nats) = turns.textbook
+    return Compared(nats, textbook_nats, statistics.median(turns.ratios))
 
 
 def same_weights(source: nn.Module, target: nn.Module) -> None:
@@ -169,8 +142,7 @@ def main() -> None:
     config = TrainConfig(epochs=parser.parse_args().epochs, device="cpu", log_every=BLOCK)
     found = compare(config)
     print(f"validation negative ELBO: fastvae {found.nats:.2f}, textbook {found.textbook_nats:.2f} nats/image")
-    print(f"a step takes {found.over_textbook:.3f} times as long as the textbook's, loading included in both,")
-    print(f"and {found.over_bare:.3f} times as long as model, loss and optimizer alone")
+    print(f"a step takes {found.step_ratio:.3f} times as long as the textbook's, loading included in both")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ HOST_CODE = {
 _file_numbers = itertools.count()
 
 
-def obstacle() -> str | None:
+def skip_reason() -> str | None:
     """Why this cannot be done here; None if it can."""
     if not torch.__version__.startswith(f"{TORCH}."):
         return f"it is written for the private parts of torch {TORCH}, and this is {torch.__version__}"

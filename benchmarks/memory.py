@@ -1,13 +1,14 @@
-"""How much memory a call needs beside its inputs, by the allocator's own account."""
+"""How much memory a call needs beside its inputs, as the allocator counts it."""
 
 import json
+import os
 import tempfile
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from .measure import Call
+from fastvae.cli.timing import Call
 
 
 def peak_mib(call: Call, device: torch.device) -> float:
@@ -18,6 +19,7 @@ def peak_mib(call: Call, device: torch.device) -> float:
         before = torch.cuda.memory_allocated(device)
         call(0)
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler prints lines at every start and stop
     # PyTorch keeps no statistics of CPU memory, but the profiler sees each of the allocator's events
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
