@@ -4,6 +4,7 @@
 """
 
 import inspect
+import sys
 from dataclasses import replace
 from functools import cache
 from importlib import import_module
@@ -134,16 +135,18 @@ def test_approximations_at_their_worst(case, skew):
 @pytest.fixture
 def few_programs(monkeypatch):
     """Limits of programs are 4, so that a program takes several tiles, as it does at sizes too large to execute."""
-    modules = [import_module(f"fastvae_kernels.{info.name}") for info in iter_modules(fastvae_kernels.__path__)]
-    functions = {value for module in modules for value in vars(module).values() if inspect.isroutine(value)}
+    kernels = [import_module(f"fastvae_kernels.{info.name}") for info in iter_modules(fastvae_kernels.__path__)]
+    library = [module for name, module in sys.modules.items() if name.startswith("fastvae.")]
+    functions = {f for module in (*kernels, *library) for f in vars(module).values() if inspect.isroutine(f)}
     caches = [function.cache_clear for function in functions if hasattr(function, "cache_clear")]
     limit = _tile.MAX_PROGRAMS
-    for function in filter(inspect.isfunction, functions):
-        defaults = function.__defaults__ or ()
-        monkeypatch.setattr(function, "__defaults__", tuple(4 if value == limit else value for value in defaults))
-    for module in modules:
-        for name in vars(module).keys() & {"MAX_PROGRAMS", "_MAX_IMAGE_PROGRAMS"}:
-            monkeypatch.setattr(module, name, 4)
+    for module in kernels:
+        for name, value in list(vars(module).items()):
+            if "MAX_" in name and "PROGRAMS" in name:
+                monkeypatch.setattr(module, name, 4)
+            elif inspect.isfunction(value):
+                defaults = [4 if default == limit else default for default in value.__defaults__ or ()]
+                monkeypatch.setattr(value, "__defaults__", tuple(defaults))
     [clear() for clear in caches]
     yield
     [clear() for clear in caches]

@@ -105,6 +105,8 @@ STATEMENTS = [  # a statement that sets %r9 from constants, and what %r9 holds
     (f"cvt.f32.bf16 %r9, {bf16(-1.5)};", np.float32(-1.5)),
     (f"add.bf16 %rs3, {bf16(1)}, {bf16(2**-8)};\ncvt.f32.bf16 %r9, %rs3;", np.float32(1)),
     (f"fma.rn.bf16 %rs3, {bf16(3)}, {bf16(5)}, {bf16(1)};\ncvt.f32.bf16 %r9, %rs3;", np.float32(16)),
+    (f"abs.bf16x2 %r9, {bf16(-2) << 16 | bf16(3)};", bf16(2) << 16 | bf16(3)),
+    (f"fma.rn.f16x2 %r9, {0x3C004000}, {0x40004000}, 0;", 0x40004400),
     (f"mov.b16 %rs3, {0x3C00};\nadd.f16 %rs3, %rs3, %rs3;\ncvt.f32.f16 %r9, %rs3;", np.float32(2)),
     (f"div.rn.f64 %rd3, {f64(1)}, {f64(3)};\ncvt.rn.f32.f64 %r9, %rd3;", np.float32(1 / 3)),
     (

@@ -6,9 +6,8 @@ with executed("sm_90"):
 
 import ctypes
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -45,7 +44,7 @@ def executed(target: str, *, skew: float = 0.0, edit: Callable[[str], str] = str
         yield dry.launches
 
 
-def _flat(kinds: Iterable[Any], values: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+def _flat(kinds, values):
     """Types and values of the parameters of a compiled kernel: no constants, and tuples one by one."""
     for kind, value in zip(kinds, values, strict=True):
         if isinstance(kind, tuple):

@@ -162,7 +162,6 @@ class Machine:
         self.interval[lanes] += 1
 
     def grouped(self, values: Array, lanes: Lanes, size: int = WARP, what: str = "warp") -> Array:
-        """[warps, 32]"""
         here = self.lanes[lanes]
         if (np.unique(here // size, return_counts=True)[1] != size).any():
             raise Fault(f"is reached by an incomplete {what}")

@@ -102,6 +102,10 @@ OPERANDS = {"fma": 3, "mad": 3} | dict.fromkeys(("abs", "neg", "sqrt", "rsqrt", 
 
 def _arithmetic(opcode: Opcode) -> Rule:
     (kind,) = opcode.types
+    if kind.endswith("x2"):
+        opcode.types, half = [kind.removesuffix("x2")], DTYPES[kind.removesuffix("x2")]
+        sources, function = _arithmetic(opcode)
+        return ["b32"] * len(sources), lambda *a: function(*(x[:, None].view(half) for x in a)).view(np.uint32)[:, 0]
     sources = [kind] * OPERANDS.get(opcode.name, 2)
     if not is_float(kind):
         return _integer(opcode, kind, sources)
@@ -124,8 +128,7 @@ def _integer(opcode: Opcode, kind: str, sources: list[str]) -> Rule:
     return sources, lambda a, b, *c: function(a.astype(wide), b.astype(wide), *c)
 
 
-# Of the approximate float32 instructions: the function, and the greatest error of a result y (PTX ISA 9, "Floating
-# Point Instructions"); that of ex2 is 2 ulp from the correctly rounded result.
+# The function, and the greatest error of a result y (PTX ISA 9, chapter 9.7.3; of ex2 2 ulp from the rounded result).
 APPROXIMATE: dict[str, tuple[Function, Callable[[Array, Array], Array]]] = {
     "ex2": (np.exp2, lambda y, ulp: 2.5 * ulp),
     "rcp": (np.reciprocal, lambda y, ulp: ulp),

@@ -41,7 +41,6 @@ class Memory:
         return found
 
     def store(self, values: Array, address: Array, thread: Array, when: Array) -> None:
-        """values: [threads, n], of n elements each."""
         values = np.ascontiguousarray(values).view(np.uint8)
         for lanes, buffer, at in self._places(address, values.shape[1]):
             who, now = thread[lanes, None], when[lanes, None]

@@ -259,9 +259,11 @@ STATS = [Case("stats", dtype, shape=shape) for shape in (RANGES, ODD_RANGES, ONE
 
 def geometry(arguments: Mapping[str, Any]) -> Any:
     """Of the arm that the images take, or else the latents; None for kernels of one arm."""
-    for tensors, at in (("images", "image_at"), ("latents", "latent_at")):
-        if at in arguments and arguments[tensors][0] is not None:
-            return arguments[at]
+    for tensors in ("images", "latents"):
+        kind = tensors.removesuffix("s")
+        at = arguments.get(f"{kind}_geometry", arguments.get(f"{kind}_at"))
+        if at is not None and arguments[tensors][0] is not None:
+            return at
     return None
 
 
