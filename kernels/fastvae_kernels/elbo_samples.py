@@ -98,7 +98,9 @@ def _sample_terms_kernel(
         rows = (pid * n_blocks + block) * BLOCK + tl.arange(0, BLOCK)
         mask = rows < n_rows
         weight = _weights(samples, rows, mask)
-        recon, kl, regularized, counts, _, _, _, _, _ = sample_terms(sums_ptr, samples, sample_options, capacity, rows, n_rows)
+        recon, kl, regularized, counts, _, _, _, _, _ = sample_terms(
+            sums_ptr, samples, sample_options, capacity, rows, n_rows
+        )
         recons += tl.where(mask & (counts != 0), weight * recon, 0.0)
         kls += tl.where(mask, weight * kl, 0.0)
         regularizeds += tl.where(mask, weight * regularized, 0.0)
