@@ -10,11 +10,11 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor
 
-from .. import _checks, reference
+from .. import _checks
 from .._dtypes import compute_dtype
 from ..distributions import DiagonalGaussian
 from ..functional import philox_normal
-from ..ops.reparam_kl import ReparamKLFunction, plan
+from ..sampling import sample
 from ._patch import Patch, Replacement, imported
 
 CLAMP = (-30.0, 20.0)  # what diffusers clamps every logvar to
@@ -206,10 +206,5 @@ def _seed(like: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def _with_noise(packed: Tensor, noise: Tensor, with_kl: bool) -> Sample:
-    if torch.compiler.is_compiling():
-        mu, logvar = packed.chunk(2, 1)
-        return reference.reparameterize_kl(mu, logvar, noise, CLAMP)[0], None
-    meta = (packed.shape, packed.stride(), packed.dtype, packed.device, False, packed.is_neg())
-    at = plan("torch", (meta, None), 1, CLAMP, with_kl, given_noise=True)
-    z, kl = ReparamKLFunction.apply(at, noise, packed, None)  # type: ignore[no-untyped-call]
-    return z, kl
+    mu, logvar = packed.chunk(2, 1)
+    return sample(mu, logvar, None, None, 0, CLAMP, with_kl=with_kl, packed=(packed, 1), noise=noise)
