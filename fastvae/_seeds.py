@@ -5,6 +5,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from . import _checks
 from ._numbers import is_integer
 
 Seed = int | Tensor
@@ -52,6 +53,18 @@ def _check_generator(like: Tensor, generator: object, seed: object) -> None:
             f"generator must be on the CPU or on the inputs' device {like.device}; got one on {generator.device}. "
             f"Make it with torch.Generator({str(like.device)!r})."
         )
+
+
+def given_noise(noise: Tensor, like: Tensor, generator: object, seed: object, offset: Any) -> Tensor:
+    """Check noise that the caller passed; return it without its graph."""
+    for name, value in (("generator", generator), ("seed", seed)):
+        if value is not None:
+            raise ValueError(f"noise and {name} exclude each other; got both. Leave one of them out.")
+    noise_source(like, None, None, offset)
+    _checks.float_tensor("noise", noise)
+    _checks.same_shape("noise", noise, "mu", like)
+    _checks.same_device("noise", noise, "mu", like)
+    return noise.detach()
 
 
 def int64(number: int) -> int:

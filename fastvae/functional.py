@@ -33,6 +33,7 @@ def reparameterize(
     mu: Tensor,
     logvar: Tensor,
     *,
+    noise: Tensor | None = None,
     generator: torch.Generator | None = None,
     seed: int | Tensor | None = None,
     offset: int = 0,
@@ -45,13 +46,14 @@ def reparameterize(
     Returns:
         z: shape of `mu`, promoted dtype of `mu` and `logvar`.
     """
-    return sample(mu, logvar, generator, seed, offset, logvar_clamp, with_kl=False)[0]
+    return sample(mu, logvar, generator, seed, offset, logvar_clamp, with_kl=False, noise=noise)[0]
 
 
 def reparameterize_kl(
     mu: Tensor,
     logvar: Tensor,
     *,
+    noise: Tensor | None = None,
     generator: torch.Generator | None = None,
     seed: int | Tensor | None = None,
     offset: int = 0,
@@ -65,7 +67,9 @@ def reparameterize_kl(
     Args:
         mu: Posterior mean, [B, ...]; float64, float32, bfloat16 or float16; any strides.
         logvar: Log of the posterior variance; shape and device of `mu`.
-        generator: Source of the noise; torch's default one of the device if neither it nor `seed` is given.
+        noise: The noise itself: shape and device of `mu`, any floating point dtype. It gets no gradient: only `mu` and
+            `logvar` do. On every backend the sample is then computed by PyTorch operations.
+        generator: Source of the noise; torch's default one of the device if neither noise nor seed is given.
         seed: int or one-element int64 tensor on the device of `mu`. Makes the noise a function of (seed, element): the
             same on every device, backend, dtype and memory layout. Its stream is Philox4x32-10.
         offset: Position in the seed's stream of the first element, counted in elements: a rank or micro-batch that
@@ -77,12 +81,12 @@ def reparameterize_kl(
         kl: [B], nats; float64 if an input is, else float32.
 
     Raises:
-        ValueError: shapes or devices differ; generator and seed together; offset without seed; bounds out of order.
+        ValueError: shapes or devices differ; two of noise, generator, seed; offset without seed; bounds out of order.
         TypeError: not a floating point tensor; a seed that is neither int nor tensor.
 
     Source: Kingma & Welling, Auto-Encoding Variational Bayes, arXiv:1312.6114, section 2.4 and appendix B.
     """
-    z, kl = sample(mu, logvar, generator, seed, offset, logvar_clamp, with_kl=True)
+    z, kl = sample(mu, logvar, generator, seed, offset, logvar_clamp, with_kl=True, noise=noise)
     assert kl is not None
     return z, kl
 

@@ -6,10 +6,10 @@ from torch import Tensor
 from fastvae_kernels.types import Clamp, PhiloxNoise
 
 from . import _backend, _checks, reference
-from ._seeds import noise_source
+from ._seeds import given_noise, noise_source
 from ._strides import readable
 from .ops import _library
-from .ops.reparam_kl import ReparamKLFunction, plan
+from .ops.reparam_kl import Noise, ReparamKLFunction, plan
 
 # devices on which a traced sample without a seed is one op that draws its own noise; elsewhere the compiler fuses the
 # plain formula with torch's noise
@@ -26,13 +26,17 @@ def sample(
     *,
     with_kl: bool,
     packed: tuple[Tensor, int] | None = None,
+    noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(z, KL of each sample or None); `packed`: mu and logvar are the halves of a dimension of one tensor."""
+    """(z, KL of each sample or None).
+
+    `packed`: mu and logvar are the halves of a dimension of one tensor. `noise`: used instead of drawing any.
+    """
     first, second, dim = (mu, logvar, None) if packed is None else (packed[0], None, packed[1])
     if _backend.is_traced() or _library.needs_dispatch(first):
         _checks.gaussian(mu, logvar)
         bounds = _checks.logvar_clamp(logvar_clamp)
-        return _traced(mu, logvar, generator, seed, offset, bounds, with_kl=with_kl)
+        return _traced(mu, logvar, generator, seed, offset, bounds, noise, with_kl=with_kl)
     try:
         metas = tuple(
             [
@@ -40,21 +44,24 @@ def sample(
                 for t in (first, second)
             ]
         )
-        at = plan(_backend.choice(), metas, dim, logvar_clamp, with_kl)
+        at = plan(_backend.choice(), metas, dim, logvar_clamp, with_kl, noise is not None)
     except (AttributeError, TypeError, RuntimeError):  # not a dense tensor, or bounds that cannot be hashed
         _checks.gaussian(mu, logvar)
         bounds = _checks.logvar_clamp(logvar_clamp)
         if bounds == logvar_clamp:
             raise
-        return sample(mu, logvar, generator, seed, offset, bounds, with_kl=with_kl, packed=packed)
+        return sample(mu, logvar, generator, seed, offset, bounds, with_kl=with_kl, packed=packed, noise=noise)
     if at.copies_inputs:
         mu, logvar = readable(mu), readable(logvar)
-        return sample(mu, logvar, generator, seed, offset, logvar_clamp, with_kl=with_kl)
-    if not (generator is None and seed is None and offset == 0):
-        seed, offset = noise_source(mu, generator, seed, offset)
-    drawn = seed is None and at.draws_noise
-    noise = _drawn(mu, generator) if drawn else _philox_noise(mu, generator, seed, offset)
-    z, kl = ReparamKLFunction.apply(at, noise, first, second)  # type: ignore[no-untyped-call]
+        return sample(mu, logvar, generator, seed, offset, logvar_clamp, with_kl=with_kl, noise=noise)
+    if noise is not None:
+        used: Noise = given_noise(noise, mu, generator, seed, offset)
+    else:
+        if not (generator is None and seed is None and offset == 0):
+            seed, offset = noise_source(mu, generator, seed, offset)
+        drawn = seed is None and at.draws_noise
+        used = _drawn(mu, generator) if drawn else _philox_noise(mu, generator, seed, offset)
+    z, kl = ReparamKLFunction.apply(at, used, first, second)  # type: ignore[no-untyped-call]
     return z, kl
 
 
@@ -65,9 +72,14 @@ def _traced(
     seed: int | Tensor | None,
     offset: int,
     bounds: Clamp | None,
+    noise: Tensor | None,
     *,
     with_kl: bool,
 ) -> tuple[Tensor, Tensor | None]:
+    if noise is not None:
+        noise = given_noise(noise, mu, generator, seed, offset)
+        z, kl = reference.reparameterize_kl(mu, logvar, noise, bounds)
+        return z, kl if with_kl else None
     seed, offset = noise_source(mu, generator, seed, offset)
     if generator is not None:
         _checks.fail(

@@ -93,6 +93,24 @@ def test_a_generator_gets_a_clear_error():
         compiled(mu)
 
 
+def test_given_noise():
+    mu, logvar = (torch.randn(6, 4, requires_grad=True) for _ in range(2))
+    noise = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    function = torch.compile(
+        lambda noise: fastvae.reparameterize_kl(mu, logvar, noise=noise), backend="aot_eager", fullgraph=True
+    )
+    state = torch.get_rng_state()
+    z, kl = function(noise)
+    assert torch.equal(torch.get_rng_state(), state)
+    found = torch.autograd.grad(z.sum() + kl.sum(), (mu, logvar, noise), allow_unused=True)
+    expected = fastvae.reparameterize_kl(mu, logvar, noise=noise)
+    torch.testing.assert_close((z, kl), expected)
+    torch.testing.assert_close(found[:2], torch.autograd.grad(expected[0].sum() + expected[1].sum(), (mu, logvar)))
+    assert found[2] is None
+    with pytest.raises(Exception, match="noise and seed exclude each other"):
+        torch.compile(fastvae.reparameterize, backend="eager", fullgraph=True)(mu, logvar, noise=noise, seed=1)
+
+
 def test_bad_input_is_named_in_a_compiled_region_too():
     compiled = torch.compile(lambda x: fastvae.vae_loss(x, x[:, :2], kl=x[:, 0]).loss, backend="eager", fullgraph=True)
     with pytest.raises(Exception, match="recon and target must have one shape"):

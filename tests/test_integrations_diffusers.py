@@ -110,8 +110,14 @@ def test_sample_and_kl_together(backend, distribution):
     compare(both, moments())
 
 
+@pytest.fixture
+def patched_per_sample(diffusers):
+    with patch_diffusers(kl_shape="batch") as patch:
+        yield patch
+
+
 @pytest.mark.parametrize("shape", [(3, 8, 5), (2, 8, 3, 4, 5)], ids=["audio", "video"])
-def test_kl_and_nll_have_one_value_a_sample_at_any_rank(backend, distribution, patched, shape):
+def test_kl_and_nll_have_one_value_a_sample_at_any_rank(backend, distribution, patched_per_sample, shape):
     packed = moments(shape)
     exact = oracle.leaf(packed)
     mu, logvar = exact.chunk(2, 1)
@@ -126,6 +132,37 @@ def test_kl_and_nll_have_one_value_a_sample_at_any_rank(backend, distribution, p
     measured.sum().backward()
     oracle.per_sample(oracle.kl(mu, logvar)).sum().backward()
     torch.testing.assert_close(packed.grad, exact.grad.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(2, 8, 3, 4, 5), (2, 8, 3, 4, 5, 2)], ids=["video", "6-D"])
+def test_kl_and_nll_of_videos_keep_diffusers_shape(backend, distribution, shape, dtype):
+    packed, other, z = moments(shape, dtype), moments(shape, dtype), moments((2, 4, *shape[2:]), dtype)
+    compare(lambda packed: distribution(packed).kl(), packed)
+    compare(lambda packed, other: distribution(packed).kl(distribution(other)), packed, other)
+    compare(lambda packed, z: distribution(packed).nll(z), packed, z)
+
+    def after_a_sample(packed):
+        torch.manual_seed(4)
+        posterior = distribution(packed)
+        return posterior.sample().sum() + posterior.kl()
+
+    compare(after_a_sample, packed)
+    with patch_diffusers():
+        assert distribution(packed).kl().shape == (2, *shape[4:])
+        point = distribution(packed, deterministic=True)
+        assert torch.equal(point.kl(), torch.zeros(2, *shape[4:], dtype=dtype))
+        assert distribution(packed).kl(point).isposinf().all()
+
+
+def test_kl_of_videos_in_a_compiled_region(distribution):
+    packed = moments((2, 8, 3, 4, 5))
+    torch.compiler.reset()
+    expected = distribution(packed).kl()
+    with patch_diffusers():
+        compiled = torch.compile(lambda packed: distribution(packed).kl(), backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(packed), expected)
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -280,7 +317,7 @@ def test_copies_are_whole_where_nothing_is_patched(distribution, twin):
     assert torch.equal(copied.kl(), distribution(packed).kl())
 
 
-def test_subclasses(distribution, patched):
+def test_subclasses(distribution, patched_per_sample):
     class Named(distribution):
         pass
 
@@ -412,6 +449,11 @@ def test_an_invalid_posterior_does_not_keep_the_patch(distribution):
 
 
 INVALID = [((2, 3, 4, 4), torch.float32), ((2, 4, 4, 4), torch.int64), ((), torch.float32)]
+
+
+def test_unknown_kl_shape_is_named():
+    with pytest.raises(ValueError, match="kl_shape must be one of 'diffusers', 'batch'; got 'video'"):
+        patch_diffusers(kl_shape="video")
 
 
 def test_unknown_noise_is_named():

@@ -90,6 +90,27 @@ def test_sample_is_a_function_of_the_seed():
     assert not torch.equal(first, vae.sample(5))
 
 
+@pytest.mark.parametrize("seed", [3, None])
+@pytest.mark.parametrize("temperature", [0, 0.7, 2.0])
+def test_temperature_multiplies_the_latents_of_samples(seed, temperature):
+    vae = small_vae().double()
+    torch.manual_seed(1)
+    images = vae.sample(5, seed=seed, temperature=temperature)
+    torch.manual_seed(1)
+    z = torch.randn(5, 3, dtype=torch.float64)
+    if seed is not None:
+        z = fastvae.philox_normal((5, 3), seed=seed, dtype=torch.float64)
+    torch.testing.assert_close(images, vae.decode(temperature * z).detach().clamp(0, 1), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("temperature", [-0.1, float("nan"), float("inf")])
+def test_a_temperature_out_of_range_is_named(temperature):
+    with pytest.raises(ValueError, match=f"temperature must be 0 or more, and finite; got {temperature}"):
+        small_vae().sample(1, temperature=temperature)
+    with pytest.raises(TypeError, match="temperature must be a number; got str"):
+        small_vae().sample(1, temperature="hot")
+
+
 def test_reconstruct_decodes_the_mean():
     vae = small_vae()
     x = torch.rand(3, 1, 9, 12)

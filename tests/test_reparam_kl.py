@@ -225,3 +225,60 @@ def test_empty_latents_have_no_kl(backend):
     z, kl = fastvae.reparameterize_kl(torch.zeros(3, 0), torch.zeros(3, 0), seed=1)
     assert z.shape == (3, 0)
     assert kl.tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("noise_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_given_noise_is_the_noise(backend, dtype, noise_dtype):
+    mu, logvar = gaussian((3, 2, 40), dtype, spread=2.0)
+    noise = torch.randn(40, 2, 3).to(noise_dtype).permute(2, 1, 0).requires_grad_()
+    z, kl = fastvae.reparameterize_kl(mu, logvar, noise=noise, logvar_clamp=(-1.0, 0.75))
+    assert z.dtype == dtype
+    assert torch.equal(fastvae.reparameterize(mu, logvar, noise=noise, logvar_clamp=(-1.0, 0.75)), z)
+    check_against_oracle(mu, logvar, z, kl, noise.detach(), (-1.0, 0.75))
+    assert noise.grad is None
+
+
+def test_given_noise_draws_nothing_and_may_be_overwritten(backend):
+    mu, logvar = gaussian((3, 5), torch.float32)
+    noise = torch.randn(3, 5)
+    z, kl = fastvae.reparameterize_kl(mu, logvar, noise=noise)
+    state = torch.get_rng_state()
+    again, kl_again = fastvae.reparameterize_kl(mu, logvar, noise=noise)
+    assert torch.equal(torch.get_rng_state(), state)
+    noise.zero_()
+    for expected, actual in zip(
+        torch.autograd.grad(z.sum() + kl.sum(), (mu, logvar)),
+        torch.autograd.grad(again.sum() + kl_again.sum(), (mu, logvar)),
+        strict=True,
+    ):
+        assert torch.equal(expected, actual)
+
+
+def test_given_noise_has_second_derivatives_and_no_gradient(backend):
+    mu, logvar = gaussian((3, 5), torch.float64)
+    noise = torch.randn(3, 5, dtype=torch.float64)
+    assert torch.autograd.gradgradcheck(
+        lambda mu, logvar: fastvae.reparameterize_kl(mu, logvar, noise=noise), (mu, logvar)
+    )
+    z = fastvae.reparameterize(mu.detach(), logvar.detach(), noise=noise.requires_grad_())
+    assert not z.requires_grad
+
+
+@pytest.mark.parametrize("function", [fastvae.reparameterize, fastvae.reparameterize_kl])
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"seed": 1}, ValueError, "noise and seed exclude each other"),
+        ({"generator": torch.Generator()}, ValueError, "noise and generator exclude each other"),
+        ({"offset": 3}, ValueError, "offset=3 without seed"),
+        ({"noise": torch.zeros(5)}, ValueError, r"noise and mu must have one shape; got \(5,\) and \(3, 5\)"),
+        ({"noise": torch.zeros(3, 5, device="meta")}, ValueError, "noise and mu must be on one device"),
+        ({"noise": torch.zeros(3, 5, dtype=torch.int64)}, TypeError, "noise must be one of .*got int64"),
+        ({"noise": 0.5}, TypeError, "noise must be a torch.Tensor; got float"),
+    ],
+)
+def test_noise_that_does_not_fit_is_named(backend, function, options, error, message):
+    mu = torch.zeros(3, 5)
+    with pytest.raises(error, match=message):
+        function(mu, mu, **{"noise": torch.zeros(3, 5)} | options)

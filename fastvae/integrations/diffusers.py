@@ -10,11 +10,11 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor
 
-from .. import _checks, reference
+from .. import _checks
 from .._dtypes import compute_dtype
 from ..distributions import DiagonalGaussian
 from ..functional import philox_normal
-from ..ops.reparam_kl import ReparamKLFunction, plan
+from ..sampling import sample
 from ._patch import Patch, Replacement, imported
 
 CLAMP = (-30.0, 20.0)  # what diffusers clamps every logvar to
@@ -38,7 +38,9 @@ _made: WeakSet[Posterior] = WeakSet()
 _measured: WeakKeyDictionary[Posterior, Measured] = WeakKeyDictionary()
 
 
-def patch_diffusers(noise: Literal["torch", "philox"] = "torch") -> Patch:
+def patch_diffusers(
+    noise: Literal["torch", "philox"] = "torch", *, kl_shape: Literal["diffusers", "batch"] = "diffusers"
+) -> Patch:
     """Let fastvae compute `DiagonalGaussianDistribution`, the posterior of diffusers' autoencoders.
 
     The class itself is changed: every autoencoder that uses it is served, and so are posteriors that exist already. In
@@ -48,9 +50,8 @@ def patch_diffusers(noise: Literal["torch", "philox"] = "torch") -> Patch:
       `kl()` returns afterwards, and the backward pass writes one packed gradient for both. `mean`, `logvar`, `std` and
       `var` are computed when somebody reads them.
     - Arithmetic is float32 for 16-bit moments. `kl` and `nll` are then float32: they neither overflow nor cancel.
-    - `kl` and `nll` are [B] in nats, on the moments' device, for latents of any rank. diffusers' own add up dimensions
-      1, 2 and 3 whatever the rank ([B, W] for a video), and give a one-element CPU tensor for a deterministic
-      posterior. `nll(sample, dims)` adds up `dims`, as there.
+    - `kl` and `nll` are in nats, on the moments' device. For a deterministic posterior they are zeros of the same
+      shape, where diffusers' own are a one-element CPU tensor. `nll(sample, dims)` adds up `dims`, as there.
 
     All of them follow `parameters`: an assignment to `mean`, `logvar`, `std` or `var` changes that attribute alone.
     Samples have the dtype of `parameters`, under autocast too. A subclass with its own `__init__` keeps diffusers'
@@ -61,6 +62,11 @@ def patch_diffusers(noise: Literal["torch", "philox"] = "torch") -> Patch:
             generator (of a list, each its sample's) draws a seed, and the noise is a function of (seed, element): with
             generators on the CPU it is the same on every device, and Triton's backward pass makes it anew instead of
             keeping it.
+        kl_shape: Shape of `kl()`, and of `nll(sample)` without `dims`, for latents of videos, [B, C, T, H, W].
+            "diffusers": [B, W]. diffusers adds up dimensions 1, 2 and 3 whatever the rank, which leaves the width; with
+            this shape `kl().mean()` and `kl().sum() / B` of an existing script keep their values. "batch": [B], the KL
+            of each sample, whose mean is W times larger; the pass that draws the sample then measures it too. Latents
+            of lower rank have [B] in both.
 
     Returns:
         Patch: `undo()`, or the end of its `with` block, puts diffusers' methods back; posteriors made meanwhile go
@@ -69,15 +75,16 @@ def patch_diffusers(noise: Literal["torch", "philox"] = "torch") -> Patch:
     Raises:
         ImportError: diffusers is not installed.
         RuntimeError: it is patched already.
-        ValueError: unknown noise.
+        ValueError: unknown noise or kl_shape.
 
     Source: diffusers.models.autoencoders.vae.DiagonalGaussianDistribution of diffusers 0.42.
     """
     _checks.choice("noise", noise, ("torch", "philox"))
+    _checks.choice("kl_shape", kl_shape, ("diffusers", "batch"))
     theirs = imported("diffusers.models.autoencoders.vae").DiagonalGaussianDistribution
     draw = _philox if noise == "philox" else _drawn_by(imported("diffusers.utils.torch_utils").randn_tensor)
     lazy, read_all = _lazy_attributes(theirs.__init__)
-    methods = lazy | _served(theirs, draw)
+    methods = lazy | _served(theirs, draw, keeps_width=kl_shape == "diffusers")
     replacements = [Replacement(theirs, name, method) for name, method in methods.items()]
     return Patch("patch_diffusers", replacements, undoing=read_all)
 
@@ -121,28 +128,38 @@ def _lazy_attributes(init: Callable[..., None]) -> tuple[dict[str, Any], Callabl
     return {"__init__": __init__, "__getattr__": __getattr__, "__getstate__": __getstate__}, read_all
 
 
-def _served(theirs: type, draw: Callable[[Posterior, Generators, bool], Sample]) -> dict[str, Any]:
-    """The methods that compute."""
+def _served(
+    theirs: type, draw: Callable[[Posterior, Generators, bool], Sample], *, keeps_width: bool
+) -> dict[str, Any]:
+    """The methods that compute; with `keeps_width`, sums of videos leave out the last dimension, as diffusers' do."""
+
+    def summed(packed: Tensor) -> tuple[int, ...] | None:
+        return (1, 2, 3) if keeps_width and packed.ndim > 4 else None
 
     def sample(self: Posterior, generator: Generators = None) -> Tensor:
         packed = self.parameters
-        with_kl = packed.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        wanted = packed.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        with_kl = wanted and summed(packed) is None
         z, kl = draw(self, generator, with_kl)
         if kl is not None:
             _measured[self] = Measured(kl, packed, packed._version)
         return z
 
     def kl(self: Posterior, other: Posterior | None = None) -> Tensor:
-        if other is not None:
-            return _gaussian(self).kl(_gaussian(other))
+        gaussian, prior = _gaussian(self), None if other is None else _gaussian(other)
+        if (dims := summed(self.parameters)) is not None:
+            return _over(dims, DiagonalGaussian.kl, gaussian, prior)
+        if prior is not None:
+            return gaussian.kl(prior)
         known = None if torch.compiler.is_compiling() else _measured.get(self)
         if known and known.parameters is self.parameters and known.version == self.parameters._version:
             return known.kl if torch.is_grad_enabled() else known.kl.detach()
-        return _gaussian(self).kl()
+        return gaussian.kl()
 
     def nll(self: Posterior, sample: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
         gaussian = _gaussian(self)
-        return gaussian.nll(sample) if dims is None else _nll_over(gaussian, sample, tuple(dims))
+        dims = summed(self.parameters) if dims is None else tuple(dims)
+        return gaussian.nll(sample) if dims is None else _over(dims, DiagonalGaussian.nll, gaussian, sample)
 
     return {method.__name__: _unless_customised(theirs, method) for method in (sample, kl, nll)}
 
@@ -160,15 +177,24 @@ def _unless_customised(theirs: type, method: Callable[..., Tensor]) -> Callable[
     return serve
 
 
-def _nll_over(gaussian: DiagonalGaussian, sample: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """The negative log-likelihood summed over `dims`: whatever is left makes the batch."""
+def _over(
+    dims: tuple[int, ...], method: Callable[..., Tensor], gaussian: DiagonalGaussian, other: DiagonalGaussian | Any
+) -> Tensor:
+    """method(gaussian, other) summed over `dims`: the dimensions that remain make the batch."""
     last = tuple(range(-len(dims), 0))
-    apart = [t.movedim(dims, last) for t in (gaussian.mean, gaussian.logvar, sample)]
-    kept = apart[0].shape[: sample.ndim - len(dims)]
-    mean, logvar, sample = (t.reshape(prod(kept), -1) for t in apart)
-    rows = DiagonalGaussian(mean, logvar)
-    rows.deterministic = gaussian.deterministic
-    return rows.nll(sample).reshape(kept)
+    kept = gaussian.mean.movedim(dims, last).shape[: gaussian.mean.ndim - len(dims)]
+
+    def rows(tensor: Tensor) -> Tensor:
+        return tensor.movedim(dims, last).reshape(prod(kept), -1)
+
+    def of_rows(value: DiagonalGaussian | Tensor | None) -> DiagonalGaussian | Tensor | None:
+        if not isinstance(value, DiagonalGaussian):
+            return None if value is None else rows(value)
+        result = DiagonalGaussian(rows(value.mean), rows(value.logvar))
+        result.deterministic = value.deterministic
+        return result
+
+    return method(of_rows(gaussian), of_rows(other)).reshape(kept)
 
 
 def _drawn_by(randn_tensor: Callable[..., Tensor]) -> Callable[[Posterior, Generators, bool], Sample]:
@@ -206,10 +232,5 @@ def _seed(like: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def _with_noise(packed: Tensor, noise: Tensor, with_kl: bool) -> Sample:
-    if torch.compiler.is_compiling():
-        mu, logvar = packed.chunk(2, 1)
-        return reference.reparameterize_kl(mu, logvar, noise, CLAMP)[0], None
-    meta = (packed.shape, packed.stride(), packed.dtype, packed.device, False, packed.is_neg())
-    at = plan("torch", (meta, None), 1, CLAMP, with_kl, given_noise=True)
-    z, kl = ReparamKLFunction.apply(at, noise, packed, None)  # type: ignore[no-untyped-call]
-    return z, kl
+    mu, logvar = packed.chunk(2, 1)
+    return sample(mu, logvar, None, None, 0, CLAMP, with_kl=with_kl, packed=(packed, 1), noise=noise)

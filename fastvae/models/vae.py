@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from fastvae import DiagonalGaussian, functional
+from fastvae import DiagonalGaussian, _numbers, functional
 
 from . import diffusers_format, saving
 from .config import VAEConfig
@@ -88,20 +88,26 @@ class VAE(nn.Module):
         return images
 
     @torch.no_grad()
-    def sample(self, n: int, *, seed: int | None = None) -> Tensor:
+    def sample(self, n: int, *, seed: int | None = None, temperature: float = 1.0) -> Tensor:
         """`n` new images [n, C, H, W], clamped to [0, 1].
 
         Args:
             n: How many.
             seed: The same seed draws the same latents on every device; None: torch's default generator.
+            temperature: Factor on the latents, which are standard normal otherwise: below 1, images are more typical
+                and less varied; 0 decodes the mean of the prior.
+
+        Raises:
+            ValueError: a temperature that is negative or not finite. TypeError: one that is not a number.
         """
+        temperature = _numbers.not_negative("temperature", temperature)
         parameter = self._parameter()
         shape = (n, *self.config.latent_shape)
         if seed is None:
             z = torch.randn(shape, dtype=parameter.dtype, device=parameter.device)
         else:
             z = functional.philox_normal(shape, seed=seed, dtype=parameter.dtype, device=parameter.device)
-        return self.decode(z).clamp(0, 1)
+        return self.decode(z * temperature).clamp(0, 1)
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
