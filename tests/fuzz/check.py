@@ -203,7 +203,7 @@ def off(actual: Tensor | None, value: Tensor, bound: Tensor) -> Tensor:
         return value != 0
     actual, rounded = actual.detach(), value.to(actual.dtype)
     # where float32 nearly overflows, a factor may have: then the result need not be finite, either
-    near = value.numel() > 0 and bool((value.abs() > 2.0**112).any())
+    near = value.numel() > 0 and bool((value.abs() > 2.0**96).any())
     overflow = value.isfinite() & (rounded.isinf() | near)
     same = (actual == rounded) | (actual.isnan() & value.isnan()) | (overflow & ~actual.isfinite())
     return ~same & ~((actual.double() - value).abs() <= bound)

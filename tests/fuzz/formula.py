@@ -134,7 +134,7 @@ def reconstruction_elements(x: Loss) -> tuple[Tensor, int | Tensor]:
     if x.extra is not None:
         e = e + selected(rows(x.extra, e))
     if x.decoder is not None:
-        e = e * torch.exp(-s) + s + (math.log(2 * math.pi) if x.full else 0.0)
+        e = x.rounded(e * torch.exp(-s)) + x.rounded(s) + (math.log(2 * math.pi) if x.full else 0.0)
     if x.decoder == "gaussian":
         e = e / 2
     return selected(e), mask.sum() if x.mask_normalize else e.numel()
