@@ -22,7 +22,8 @@ LAYERS = [
     {"ops"},
     {"likelihoods", "regularizers", "schedules", "parametrizations", "noise_state"},
     {"fallback", "fastvae_kernels"},
-    {"reference", "_checks", "_backend", "_files", "_seeds", "_modules"},
+    {"_seeds"},
+    {"reference", "_checks", "_backend", "_files", "_modules"},
     {"_strides", "_dtypes", "_numbers"},
     {"types"},
 ]

@@ -14,7 +14,7 @@ from ._reduce import fold
 from ._tile import NUM_WARPS, full_tile, load, pack_f64, tile_origin, unpack_f64
 from .elbo_samples import sample_terms_fwd
 from .images import Images, image_pointers, image_tile
-from .latents import Latents, apply_free_bits, kl_tile, latent_pointers, selected_latents
+from .latents import Latents, apply_free_bits, kl_tile, latent_pointers
 from .plan import ElboPlan
 from .samples import Samples, error_factor
 from .types import ElboNumbers
@@ -59,14 +59,12 @@ def _latent_program(pid, latents, bounds, geometry, partials_ptr, free_bits_part
         mask = (rows < geometry.n_rows) & (cols < geometry.n_cols)
         ptrs = latent_pointers(latents, geometry, rows, cols)
         if full_tile(first_row, first_col, geometry):
-            selected = selected_latents(latents, ptrs, None)
-            kl = kl_tile(latents, ptrs, bounds, None, selected, geometry.dtype)
+            kl = kl_tile(latents, ptrs, bounds, None, geometry.dtype)
         else:
-            selected = selected_latents(latents, ptrs, mask)
-            kl = kl_tile(latents, ptrs, bounds, mask, selected, geometry.dtype)
+            kl = kl_tile(latents, ptrs, bounds, mask, geometry.dtype)
         kls += kl
         if bounds.free_bits is not None:
-            free_bits_kls += apply_free_bits(kl, bounds, mask if latents.mask is None else selected, geometry.dtype)
+            free_bits_kls += apply_free_bits(latents, ptrs, kl, bounds, mask, geometry.dtype)
         first_col += geometry.block_cols
     offsets = rows * geometry.n_col_programs + pid % geometry.n_col_programs
     tl.store(partials_ptr + offsets, 0.5 * tl.sum(kls, axis=1)[:, None], mask=rows < geometry.n_rows)

@@ -50,13 +50,17 @@ def latent_pointers(latents, geometry, rows, cols):
 
 
 @triton.jit
-def selected_latents(latents, ptrs, mask):
-    """Lanes within the tensors that the latents' mask selects; None: all."""
-    return mask if latents.mask is None else load(ptrs.mask, mask, tl.int1)
+def _selected(latents, ptrs, values, mask):
+    """The values of elements within the tensors that the latents' mask selects, else 0."""
+    if latents.mask is not None:
+        values = tl.where(load(ptrs.mask, mask, tl.int1), values, 0.0)
+    elif mask is not None:
+        values = tl.where(mask, values, 0.0)
+    return values
 
 
 @triton.jit
-def kl_tile(latents, ptrs, bounds, mask, selected, DTYPE: tl.constexpr):
+def kl_tile(latents, ptrs, bounds, mask, DTYPE: tl.constexpr):
     """Twice the KL of each selected element, else 0. `latents` tells what there is, `ptrs` where."""
     mu = load(ptrs.mu, mask, DTYPE)
     logvar = clamp(load(ptrs.logvar, mask, DTYPE), bounds.low, bounds.high, DTYPE)
@@ -65,16 +69,15 @@ def kl_tile(latents, ptrs, bounds, mask, selected, DTYPE: tl.constexpr):
         mu = (mu - load(ptrs.prior_mu, mask, DTYPE)) * exp(-0.5 * prior_logvar, DTYPE)
         logvar -= prior_logvar
     kl = twice_kl_element(mu, logvar, exp(0.5 * logvar, DTYPE), DTYPE)
-    return kl if selected is None else tl.where(selected, kl, 0.0)
+    return _selected(latents, ptrs, kl, mask)
 
 
 @triton.jit
-def apply_free_bits(twice_kl, bounds, mask, DTYPE: tl.constexpr):
-    """Twice the KL under free bits; 0 in lanes outside."""
+def apply_free_bits(latents, ptrs, twice_kl, bounds, mask, DTYPE: tl.constexpr):
+    """Twice the KL under free bits of each selected element, else 0."""
     free_bits = 2.0 * unpack_f64(bounds.free_bits, DTYPE)
     least = free_bits if bounds.keeps_free_bits else 0.0
-    kl = tl.where(twice_kl <= free_bits, least, twice_kl)
-    return kl if mask is None else tl.where(mask, kl, 0.0)
+    return _selected(latents, ptrs, tl.where(twice_kl <= free_bits, least, twice_kl), mask)
 
 
 @triton.jit
