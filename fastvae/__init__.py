@@ -17,6 +17,7 @@ from .functional import reparameterize_kl as reparameterize_kl
 from .functional import vae_loss as vae_loss
 from .input_checks import InputReport as InputReport
 from .input_checks import check_inputs as check_inputs
+from .iwae import iwae_loss as iwae_loss
 from .loss import VAELoss as VAELoss
 from .noise_state import NoiseState as NoiseState
 from .statistics import LatentStats as LatentStats
