@@ -128,7 +128,10 @@ def _elbo_fwd_by_sample(
         errors = sum_errors(images, weight, options.error, per_sample=True)
         n_selected = float(math.prod(tensors.recon.shape[1:]))
         if tensors.mask is not None:
-            n_selected = tensors.mask.flatten(1).sum(1).to(dtype) if tensors.mask.ndim > 1 else tensors.mask.to(dtype)
+            # int32 adds up twice as fast as int64
+            count = torch.int32 if n_selected < 2**31 else torch.int64
+            mask = tensors.mask
+            n_selected = (mask.sum(tuple(range(1, mask.ndim)), dtype=count) if mask.ndim > 1 else mask).to(dtype)
     kl = tensors.kl
     if kl is None and tensors.mu is not None:
         kl, regularized = kl_terms(tensors, options, plan.dtype)
@@ -288,11 +291,15 @@ def _per_row(coefficient: Coefficient, like: Tensor) -> Coefficient:
 
 def _scales_exactly(held: list[Tensor], factor: Coefficient) -> bool:
     """Whether scaling the forward pass's gradients rounds no second time: a power of two moves the exponent alone."""
+    if all(t.element_size() > 2 for t in held):
+        return True
     if isinstance(factor, Tensor):
-        return False
-    return all(t.element_size() > 2 for t in held) or math.frexp(factor)[0] in (0.0, 0.5, -0.5)
+        return factor.device.type == "cpu" and bool((torch.frexp(factor)[0].abs_() == 0.5).all())
+    return math.frexp(factor)[0] in (0.0, 0.5, -0.5)
 
 
 def _rescale(drecon: Tensor, factor: Coefficient) -> None:
+    if isinstance(factor, Tensor) and factor.device.type == "cpu" and bool((factor == 1).all()):
+        return
     if isinstance(factor, Tensor) or factor != 1:
         drecon.mul_(_per_row(factor, drecon))
