@@ -51,7 +51,7 @@ def scratch_like(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     memory = _kept.memory.get((name, dtype))
     if memory is None or memory.numel() < n:
         with torch.inference_mode(False):  # else it could not be written to outside of that mode
-            memory = _kept.memory[name, dtype] = torch.empty(n, dtype=dtype)
+            memory = _kept.memory[name, dtype] = torch.empty(n, dtype=dtype, device="cpu")
     if is_dense(tensor):
         return memory.as_strided(tensor.shape, tensor.stride())
     return memory[:n].view(tensor.shape)
