@@ -18,7 +18,7 @@ from fastvae_kernels.types import (
 
 from .. import reference
 from .._dtypes import in_dtype
-from .gaussian import kl_gradients, kl_terms, rows
+from .gaussian import kl_gradients, kl_terms, rows, sum_by_sample
 from .images import Coefficient, Images, sum_errors, write_gradients
 
 
@@ -96,9 +96,7 @@ def elbo_fwd(
         weight = plan.recon_scale * _number(recon_weight) if drecon is not None else 0.0
         images = _images(tensors, ElboTensors(recon=drecon, log_scale=dlog_scale))
         errors = sum_errors(images, weight, options.error, per_sample=options.per_sample)
-        recon_term = _scaled(_value(errors), plan.recon_scale)
-        if plan.recon_constant:
-            recon_term = recon_term + plan.recon_constant
+        recon_term = _scaled(_value(errors), plan.recon_scale) + plan.recon_constant
     kl = tensors.kl
     if kl is None and tensors.mu is not None:
         kl, raised = kl_terms(tensors, options, plan.dtype)
@@ -128,7 +126,8 @@ def _elbo_fwd_by_sample(
         errors = sum_errors(images, weight, options.error, per_sample=True)
         n_selected = float(math.prod(tensors.recon.shape[1:]))
         if tensors.mask is not None:
-            n_selected = tensors.mask.flatten(1).sum(1).to(dtype) if tensors.mask.ndim > 1 else tensors.mask.to(dtype)
+            count = torch.int32 if n_selected < 2**31 else torch.int64  # the former adds up twice as fast
+            n_selected = sum_by_sample(tensors.mask, count).to(dtype)
     kl = tensors.kl
     if kl is None and tensors.mu is not None:
         kl, regularized = kl_terms(tensors, options, plan.dtype)
@@ -229,15 +228,14 @@ def _image_gradients(
         write_gradients(_images(tensors, gradients), coefficient, plan.options.error)
 
 
-def _error_factor(tensors: ElboTensors, options: ElboOptions, factor: float) -> Coefficient:
+def _error_factor(tensors: ElboTensors, options: ElboOptions, factor: Coefficient) -> Coefficient:
     """What multiplies the error of each element: factor * weight / exp(log scale), a number or [B]."""
-    result: Coefficient = factor
     if tensors.sample_log_scale is not None:
         log_scale = tensors.sample_log_scale.to(compute_dtype(tensors.recon, tensors.sample_log_scale))
-        result = torch.exp(-reference.soft_lower_bound(log_scale, options.softclip)) * result
+        factor = torch.exp(-reference.soft_lower_bound(log_scale, options.softclip)) * factor
     if tensors.weight is not None:
-        result = tensors.weight.to(compute_dtype(tensors.recon, tensors.weight)) * result
-    return _value(result)
+        factor = tensors.weight.to(compute_dtype(tensors.recon, tensors.weight)) * factor
+    return _value(factor)
 
 
 def _images(tensors: ElboTensors, gradients: ElboTensors) -> Images:
@@ -288,11 +286,15 @@ def _per_row(coefficient: Coefficient, like: Tensor) -> Coefficient:
 
 def _scales_exactly(held: list[Tensor], factor: Coefficient) -> bool:
     """Whether scaling the forward pass's gradients rounds no second time: a power of two moves the exponent alone."""
+    if all(t.element_size() > 2 for t in held):
+        return True
     if isinstance(factor, Tensor):
-        return False
-    return all(t.element_size() > 2 for t in held) or math.frexp(factor)[0] in (0.0, 0.5, -0.5)
+        return factor.device.type == "cpu" and bool((torch.frexp(factor)[0].abs_() == 0.5).all())
+    return math.frexp(factor)[0] in (0.0, 0.5, -0.5)
 
 
 def _rescale(drecon: Tensor, factor: Coefficient) -> None:
+    if isinstance(factor, Tensor) and factor.device.type == "cpu" and bool((factor == 1).all()):
+        return
     if isinstance(factor, Tensor) or factor != 1:
         drecon.mul_(_per_row(factor, drecon))

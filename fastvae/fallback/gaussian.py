@@ -33,9 +33,9 @@ def rows(per_sample: Tensor, like: Tensor) -> Tensor:
     return per_sample.reshape(-1, *[1] * (like.ndim - 1))
 
 
-def sum_by_sample(elements: Tensor) -> Tensor:
-    """[B, ...] -> [B]; may return `elements` itself."""
-    return elements if elements.ndim == 1 else elements.sum(1 if elements.ndim == 2 else tuple(range(1, elements.ndim)))
+def sum_by_sample(elements: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """[B, ...] -> [B], added up in `dtype`; may return `elements` itself."""
+    return elements if elements.ndim == 1 else elements.sum(tuple(range(1, elements.ndim)), dtype=dtype)
 
 
 def kl_per_sample(mu: Tensor, logvar: Tensor, expm1: Tensor) -> Tensor:

@@ -12,16 +12,21 @@ from torch import Tensor
 
 from fastvae_kernels.types import ErrorOptions, compute_dtype
 
+from .._dtypes import in_dtype
 from .._strides import is_dense
 from .gaussian import rows, sum_by_sample
-from .likelihoods import PAIRS
-from .pages import advise_large_pages
+from .likelihoods import PAIRS, Piece
+from .pages import advise_large_pages, scratch_like
 
 _PIECE = 1 << 18  # elements: a float32 piece and its squares fit the second-level cache, 1 us a call is noise beside it
+
+_BUFFERED_PIECE = 1 << 17  # where several buffers of this size take part
 
 _MOST_THREADS = 16  # that get as much each: pieces are temporary memory, too
 
 _ROW = 256
+
+_UNSPLIT = 1 << 14  # elements that torch.sum adds up in one thread
 
 Coefficient = float | Tensor
 
@@ -54,11 +59,11 @@ def sum_errors(images: Images, coefficient: Coefficient, options: ErrorOptions, 
     if _is_plain(images, options):
         sums = _sum_squares(images, coefficient, options, per_sample=per_sample)
     else:
-        sums = []
-        for piece in _pieces(images, per_sample=per_sample):
-            errors = _errors(piece, options, dtype)
-            sums.append(sum_by_sample(errors) if per_sample else errors.sum())
-            _write_gradients(piece, coefficient, options, dtype)
+        filler = _Filler(images, coefficient, options)
+        add_up = _sample_sums if per_sample else _row_sums if images.recon.numel() > _UNSPLIT else torch.sum
+        sums = [add_up(filler.fill(piece)) for piece in _pieces(images, _BUFFERED_PIECE, per_sample=per_sample)]
+        if sums and not per_sample:
+            return _total(sums)
     if len(sums) == 1:
         return sums[0]
     if per_sample:
@@ -74,14 +79,15 @@ def _sum_squares(images: Images, coefficient: Coefficient, options: ErrorOptions
     by_rows = not per_sample and images.recon.numel() > _PIECE
     sums: list[Tensor] = []
     buffers: list[Tensor] = []  # for the difference, unless the gradient's own memory serves, and for the target
-    for piece in _pieces(images, per_sample=per_sample):
+    for piece in _pieces(images, _PIECE, per_sample=per_sample):
         if not buffers or buffers[0].shape != piece.recon.shape:
-            buffers = [] if in_place else [torch.empty_like(piece.recon, dtype=dtype)]
+            buffers = [] if in_place else [scratch_like(piece.recon, dtype, "recon")]
             if piece.target.dtype != dtype:
-                buffers.append(torch.empty_like(piece.recon, dtype=dtype))
+                buffers.append(scratch_like(piece.recon, dtype, "target"))
         difference = _subtract(piece, options, piece.drecon if in_place else buffers[0], buffers[-1:])
         if per_sample:
-            sums.append(sum_by_sample(difference.square()))
+            squares = torch.square(difference, out=scratch_like(difference, dtype, "errors"))
+            sums.append(_sample_sums(squares))
         else:
             sums.append(_norms(difference) if by_rows else _sum_of_squares(difference))
         if piece.drecon is not None:
@@ -95,10 +101,10 @@ def _sum_squares(images: Images, coefficient: Coefficient, options: ErrorOptions
 
 def write_gradients(images: Images, coefficient: Coefficient, options: ErrorOptions) -> None:
     """Write the gradients that have a buffer, times `coefficient`: one number, or [B]."""
-    dtype = images.dtype
     images, coefficient = _with_rows(images, coefficient)
-    for piece in _pieces(images, per_sample=False):
-        _write_gradients(piece, coefficient, options, dtype)
+    filler = _Filler(images, coefficient, options)
+    for piece in _pieces(images, _BUFFERED_PIECE, per_sample=False):
+        filler.write_gradients(piece)
 
 
 def _with_rows(images: Images, coefficient: Coefficient) -> tuple[Images, Coefficient]:
@@ -113,21 +119,22 @@ def _is_plain(images: Images, options: ErrorOptions) -> bool:
     return options.name == "l2" and images.log_scale is None and images.extra is None and images.mask is None
 
 
-def _pieces(images: Images, *, per_sample: bool) -> Iterator[Images]:
-    """Equal parts, about _PIECE elements for each thread; whole samples if `per_sample`."""
+def _pieces(images: Images, size: int, *, per_sample: bool) -> Iterator[Images]:
+    """Equal parts, about `size` elements for each thread; whole samples if `per_sample`."""
     recon, n = images.recon, images.recon.numel()
     if n == 0:
         return
-    if n <= _PIECE:
+    if n <= size:
         yield images
         return
-    size = _PIECE * min(torch.get_num_threads(), _MOST_THREADS)
+    n_pieces = -(-n // (size * min(torch.get_num_threads(), _MOST_THREADS)))
     given = [t for t in images if t is not None]
     if not per_sample and is_dense(recon) and all(t.stride() == recon.stride() for t in given):
         images = Images(*(None if t is None else t.as_strided((n,), (1,)) for t in images))  # type: ignore[arg-type]
-        step, stop = size, n
+        step, stop = -(-n // (n_pieces * _ROW)) * _ROW, n
     else:
-        step, stop = max(1, size * recon.shape[0] // n), recon.shape[0]
+        stop = recon.shape[0]
+        step = -(-stop // n_pieces)
     for start in range(0, stop, step):
         yield Images(*(None if t is None else t[start : start + step] for t in images))  # type: ignore[arg-type]
 
@@ -166,41 +173,124 @@ def _norms(values: Tensor) -> Tensor:
     return norms if whole == flat.numel() else torch.cat([norms, torch.linalg.vector_norm(flat[whole:]).view(1)])
 
 
-def _values(piece: Images, options: ErrorOptions, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """recon and target in the dtype of arithmetic."""
-    target = piece.target.to(dtype)
-    if piece.target.dtype == torch.uint8:
-        target = target.mul_(options.target_scale).add_(options.target_shift)
-    return piece.recon.to(dtype), target
+def _sample_sums(buffer: Tensor) -> Tensor:
+    return buffer.clone() if buffer.ndim == 1 else sum_by_sample(buffer)
 
 
-def _errors(piece: Images, options: ErrorOptions, dtype: torch.dtype) -> Tensor:
-    errors = PAIRS[options.name].error(*_values(piece, options, dtype), options.parameter)
-    if piece.extra is not None:
-        errors.add_(piece.extra)
-    if piece.log_scale is not None:
-        log_scale = piece.log_scale.to(dtype)
-        errors.mul_(torch.neg(log_scale).exp_()).add_(log_scale)
-    return errors if piece.mask is None else errors.masked_fill_(~piece.mask, 0)
+def _row_sums(values: Tensor) -> Tensor:
+    """Of short rows in storage order, and of the rest: they do not depend on the number of threads."""
+    if values.numel() % _ROW == 0 and values.is_contiguous():
+        return values.view(-1, _ROW).sum(1)
+    flat = values.as_strided((values.numel(),), (1,)) if is_dense(values) else values.reshape(-1)
+    whole = flat.numel() - flat.numel() % _ROW
+    return torch.cat([flat[:whole].view(-1, _ROW).sum(1), flat[whole:].sum().view(1)])
 
 
-def _write_gradients(piece: Images, coefficient: Coefficient, options: ErrorOptions, dtype: torch.dtype) -> None:
-    def write(buffer: Tensor | None, gradient: Tensor) -> None:
-        if buffer is not None:
-            gradient = gradient * (coefficient if piece.coefficient is None else piece.coefficient)
-            buffer.copy_(gradient if piece.mask is None else gradient.masked_fill_(~piece.mask, 0))
+def _total(parts: list[Tensor]) -> Tensor:
+    values = parts[0] if len(parts) == 1 else torch.cat(parts)
+    while values.numel() > _UNSPLIT:
+        values = _row_sums(values)
+    return values.sum()
 
-    recon, target = _values(piece, options, dtype)
-    pair = PAIRS[options.name]
-    inverse_scale = None if piece.log_scale is None else torch.neg(piece.log_scale.to(dtype)).exp_()
-    # first, because drecon may take recon's memory
-    if piece.dlog_scale is not None and inverse_scale is not None:
-        errors = pair.error(recon, target, options.parameter)
-        write(piece.dlog_scale, 1 - (errors if piece.extra is None else errors.add_(piece.extra)) * inverse_scale)
-    if piece.dextra is not None:
-        write(piece.dextra, torch.ones_like(recon) if inverse_scale is None else inverse_scale)
-    if piece.drecon is not None or piece.dtarget is not None:
-        by_recon, by_target = pair.gradient(recon, target, options.parameter)
-        by_target = by_recon.neg() if by_target is None else by_target
-        write(piece.drecon, by_recon if inverse_scale is None else by_recon * inverse_scale)
-        write(piece.dtarget, by_target if inverse_scale is None else by_target * inverse_scale)
+
+_BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
+
+
+class _Filler:
+    """Computes errors and gradients of one piece after another, in buffers that all of them share."""
+
+    def __init__(self, images: Images, coefficient: Coefficient, options: ErrorOptions) -> None:
+        self.options = options
+        self.dtype = images.dtype
+        coefficient = in_dtype(coefficient, self.dtype)
+        if not isinstance(coefficient, Tensor):
+            coefficient = torch.scalar_tensor(coefficient, dtype=self.dtype, device=images.recon.device)
+        self.coefficient = coefficient
+        self._buffers: dict[str, Tensor] = {}
+
+    def fill(self, piece: Images) -> Tensor:
+        """The errors, in a buffer; gradients are written on the way."""
+        errors = self._buffer("errors", piece.recon)
+        self._fill(piece, errors)
+        return errors
+
+    def write_gradients(self, piece: Images) -> None:
+        self._fill(piece, None if piece.dlog_scale is None else self._buffer("errors", piece.recon))
+
+    def _fill(self, piece: Images, errors: Tensor | None) -> None:
+        recon = piece.recon
+        pair = PAIRS[self.options.name]
+        coefficient = self.coefficient if piece.coefficient is None else piece.coefficient.to(self.dtype)
+        selected = None  # all bits set where the mask selects: to mask by them is fast, and gives 0 for NaN
+        if piece.mask is not None:
+            selected = self._buffer("selected", recon, _BITS[self.dtype]).copy_(piece.mask).neg_()
+        weight = coefficient  # of the error's gradients
+        if piece.log_scale is not None:
+            log_scale = self._converted("log_scale", piece.log_scale)
+            inverse_scale = torch.neg(log_scale, out=self._buffer("inverse_scale", recon)).exp_()
+            weight = torch.mul(inverse_scale, coefficient, out=self._buffer("weight", recon))
+        values = self._converted("recon", recon)
+        gradient = None
+        if piece.drecon is not None and piece.drecon.dtype == self.dtype:
+            gradient = piece.drecon
+        elif piece.drecon is not None and values is not recon and piece.dtarget is None:
+            gradient = values  # a copy that nobody reads afterwards
+        elif piece.drecon is not None or (piece.dtarget is not None and pair.target_gradient is None):
+            gradient = self._buffer("gradient", recon)
+        part = Piece(
+            recon=values,
+            target=self._target(piece),
+            parameter=self.options.parameter,
+            coefficient=weight,
+            errors=errors,
+            gradient=gradient,
+            scratch=lambda name: self._buffer(name, recon),
+        )
+        pair.fill(part)
+        _write(piece.drecon, gradient, selected)
+        if piece.dtarget is not None:
+            by_target = pair.target_gradient(part).mul_(weight) if pair.target_gradient else gradient.neg()  # type: ignore[union-attr]
+            _write(piece.dtarget, by_target, selected)
+        if piece.dextra is not None:
+            _write(piece.dextra, part.scratch("a").copy_(weight), selected)
+        if errors is None:
+            return
+        if piece.extra is not None:
+            errors.add_(self._converted("extra", piece.extra))
+        if piece.log_scale is not None:
+            errors.mul_(inverse_scale)
+            if piece.dlog_scale is not None:
+                _write(piece.dlog_scale, torch.neg(errors, out=part.scratch("a")).add_(1).mul_(coefficient), selected)
+            errors.add_(log_scale)
+        if selected is not None:
+            _select(errors, selected)
+
+    def _target(self, piece: Images) -> Tensor:
+        target = self._converted("target", piece.target)
+        if piece.target.dtype == torch.uint8:
+            target.mul_(self.options.target_scale)
+            return target.add_(self.options.target_shift) if self.options.target_shift else target
+        return target
+
+    def _converted(self, name: str, tensor: Tensor) -> Tensor:
+        return tensor if tensor.dtype == self.dtype else self._buffer(name, tensor).copy_(tensor)
+
+    def _buffer(self, name: str, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.shape != like.shape:
+            buffer = self._buffers[name] = scratch_like(like, dtype or self.dtype, name)
+        return buffer
+
+
+def _select(values: Tensor, selected: Tensor) -> Tensor:
+    values.view(selected.dtype).bitwise_and_(selected)
+    return values
+
+
+def _write(buffer: Tensor | None, gradient: Tensor | None, selected: Tensor | None) -> None:
+    if buffer is None or gradient is None:
+        return
+    if selected is not None:
+        gradient = _select(gradient, selected)
+    if gradient is not buffer:
+        buffer.copy_(gradient)

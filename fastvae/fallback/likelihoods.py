@@ -1,111 +1,147 @@
-"""Reconstruction errors as pairs of functions: the error of each element, and its gradient by recon and by target.
+"""Reconstruction errors on cache-sized pieces: the error of each element and its gradient, from one reading of both.
 
-A pair works on cache-sized pieces, in the dtype of arithmetic. The gradient by target is None where it is the negative
-of that by recon.
+ATen's fused kernels write straight into the caller's memory where PyTorch has them; the other functions work in few
+passes and without temporaries.
 """
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Error = Callable[[Tensor, Tensor, float], Tensor]
-Gradient = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor | None]]
+_aten = torch.ops.aten
+_NO_REDUCTION = 0  # as ATen counts
+
+
+class Piece(NamedTuple):
+    """What a pair reads and fills; all tensors have one shape and the dtype of arithmetic, but for `coefficient`.
+
+    `gradient` may be the memory of `recon`: it is written after the last reading of `recon`.
+    """
+
+    recon: Tensor
+    target: Tensor
+    parameter: float
+    coefficient: Tensor  # of the gradient: broadcasts to it
+    errors: Tensor | None
+    gradient: Tensor | None
+    scratch: Callable[[str], Tensor]  # uninitialized memory by name
 
 
 class Pair(NamedTuple):
-    error: Error
-    gradient: Gradient
+    """An error and its gradient by recon.
+
+    `target_gradient` gives that by target, without the coefficient; it is the negative of that by recon if None.
+    """
+
+    fill: Callable[[Piece], None]
+    target_gradient: Callable[[Piece], Tensor] | None = None
 
 
-def _l2_error(recon: Tensor, target: Tensor, parameter: float) -> Tensor:
-    return torch.sub(recon, target).square_()
+def _l2(piece: Piece) -> None:
+    recon, target = piece.recon, piece.target
+    if piece.errors is not None:
+        torch.sub(recon, target, out=piece.errors).square_()
+    if piece.gradient is not None:
+        _aten.mse_loss_backward.grad_input(piece.coefficient, recon, target, _NO_REDUCTION, grad_input=piece.gradient)
 
 
-def _l2_gradient(recon: Tensor, target: Tensor, parameter: float) -> tuple[Tensor, None]:
-    return torch.sub(recon, target).mul_(2), None
+def _l1(piece: Piece) -> None:
+    recon, target = piece.recon, piece.target
+    if piece.errors is not None:
+        torch.sub(recon, target, out=piece.errors).abs_()
+    if piece.gradient is not None:
+        # the smallest beta there is: a sign in one pass, and unlike torch.sgn it keeps NaN
+        beta = torch.finfo(recon.dtype).tiny
+        _aten.smooth_l1_loss_backward.grad_input(
+            piece.coefficient, recon, target, _NO_REDUCTION, beta, grad_input=piece.gradient
+        )
 
 
-def _l1_error(recon: Tensor, target: Tensor, parameter: float) -> Tensor:
-    return torch.sub(recon, target).abs_()
+def _huber(piece: Piece) -> None:
+    arguments = piece.recon, piece.target, _NO_REDUCTION, piece.parameter
+    if piece.errors is not None:
+        _aten.huber_loss.out(*arguments, out=piece.errors)
+    if piece.gradient is not None:
+        _aten.huber_loss_backward.out(piece.coefficient, *arguments, grad_input=piece.gradient)
 
 
-def _l1_gradient(recon: Tensor, target: Tensor, parameter: float) -> tuple[Tensor, None]:
-    difference = torch.sub(recon, target)
-    return torch.where(difference.isnan(), difference, difference.sgn()), None  # torch's sign of NaN is 0
+def _log_cosh(piece: Piece) -> None:
+    """With y = alpha d and w = expm1(-2 |y|): |y| + log1p(w / 2), and tanh |y| = -w / (w + 2)."""
+    signed, remainder = piece.scratch("a"), piece.scratch("b")
+    torch.sub(piece.recon, piece.target, out=signed).mul_(piece.parameter)
+    torch.abs(signed, out=remainder)
+    if piece.errors is not None:
+        piece.errors.copy_(remainder)
+    remainder.mul_(-2).expm1_()
+    if piece.gradient is not None:
+        torch.add(remainder, 2, out=piece.gradient)
+        torch.div(remainder, piece.gradient, out=piece.gradient)
+        piece.gradient.mul_(signed.sgn_()).mul_(piece.coefficient * -piece.parameter)
+    if piece.errors is not None:
+        piece.errors.add_(remainder.mul_(0.5).log1p_())
 
 
-def _huber_error(recon: Tensor, target: Tensor, delta: float) -> Tensor:
-    # with c = min(d, delta): c d - c^2 / 2 is d^2 / 2 inside and delta (d - delta / 2) outside
-    distance = torch.sub(recon, target).abs_()
-    near = distance.clamp(max=delta)
-    return distance.mul_(near).addcmul_(near, near, value=-0.5)
+def _bernoulli(piece: Piece) -> None:
+    """logits * (step(logits) - target) + log(1 + exp(-|logits|)), whose last term is -log1p(-sigmoid(-|logits|))."""
+    logits = piece.recon
+    if piece.errors is not None:
+        # no difference of two products that may both be infinite
+        torch.gt(logits, 0, out=piece.errors).sub_(piece.target).mul_(logits)
+        # the small term last, where nothing large is added any more
+        piece.errors.sub_(torch.abs(logits, out=piece.scratch("a")).neg_().sigmoid_().neg_().log1p_())
+    if piece.gradient is not None:
+        torch.sigmoid(logits, out=piece.gradient).sub_(piece.target).mul_(piece.coefficient)
 
 
-def _huber_gradient(recon: Tensor, target: Tensor, delta: float) -> tuple[Tensor, None]:
-    return torch.sub(recon, target).clamp_(-delta, delta), None
+def _bernoulli_by_target(piece: Piece) -> Tensor:
+    return torch.neg(piece.recon)
 
 
-def _log_cosh_error(recon: Tensor, target: Tensor, alpha: float) -> Tensor:
-    distance = torch.sub(recon, target).abs_().mul_(alpha)
-    return distance.add(torch.mul(distance, -2).exp_().log1p_()).sub_(math.log(2))
+def _bernoulli_probs(piece: Piece) -> None:
+    recon, target = piece.recon, piece.target
+    if piece.errors is not None:
+        zero, weight = piece.scratch("a"), piece.scratch("b")
+        # log(1 - recon) and log(recon), at least -100
+        torch.neg(recon, out=zero).log1p_().clamp_(min=-100).mul_(torch.sub(target, 1, out=weight))
+        torch.log(recon, out=piece.errors).clamp_(min=-100)
+        torch.addcmul(zero, target, piece.errors, value=-1, out=piece.errors)
+    if piece.gradient is not None:
+        _aten.binary_cross_entropy_backward.grad_input(
+            piece.coefficient, recon, target, None, _NO_REDUCTION, grad_input=piece.gradient
+        )
 
 
-def _log_cosh_gradient(recon: Tensor, target: Tensor, alpha: float) -> tuple[Tensor, None]:
-    return torch.sub(recon, target).mul_(alpha).tanh_().mul_(alpha), None
+def _bernoulli_probs_by_target(piece: Piece) -> Tensor:
+    log_zero, log_one = torch.neg(piece.recon).log1p_(), torch.log(piece.recon)
+    return log_zero.clamp_(min=-100).sub_(log_one.clamp_(min=-100))
 
 
-def _bernoulli_error(logits: Tensor, target: Tensor, parameter: float) -> Tensor:
-    # logits * (step - target): no difference of two products that may both be infinite
-    error = logits.sgn().clamp_(min=0).sub_(target).mul_(logits)
-    # the small term last, where nothing large is added any more
-    return error.add_(logits.abs().neg_().exp_().log1p_())
+def _of_logits(fill: Callable[[Piece], None]) -> Pair:
+    """The pair on sigmoid(recon), of one that needs no scratch memory."""
+
+    def fill_of_logits(piece: Piece) -> None:
+        recon = torch.sigmoid(piece.recon, out=piece.scratch("a"))
+        fill(piece._replace(recon=recon))
+        if piece.gradient is not None:
+            _aten.sigmoid_backward.grad_input(piece.gradient, recon, grad_input=piece.gradient)
+
+    def by_target(piece: Piece) -> Tensor:
+        gradient, one = torch.empty_like(piece.recon), torch.ones_like(piece.coefficient)
+        fill(Piece(torch.sigmoid(piece.recon), piece.target, piece.parameter, one, None, gradient, piece.scratch))
+        return gradient.neg_()
+
+    return Pair(fill_of_logits, by_target)
 
 
-def _bernoulli_gradient(logits: Tensor, target: Tensor, parameter: float) -> tuple[Tensor, Tensor]:
-    return torch.sigmoid(logits).sub_(target), torch.neg(logits)
-
-
-def _bernoulli_probs_error(recon: Tensor, target: Tensor, parameter: float) -> Tensor:
-    zero, one = _log_probabilities(recon)
-    return zero.mul_(target - 1).addcmul_(target, one, value=-1)
-
-
-def _bernoulli_probs_gradient(recon: Tensor, target: Tensor, parameter: float) -> tuple[Tensor, Tensor]:
-    zero, one = _log_probabilities(recon)
-    return torch.sub(recon, target).div_(((1 - recon) * recon).clamp_(min=1e-12)), zero.sub_(one)
-
-
-def _log_probabilities(recon: Tensor) -> tuple[Tensor, Tensor]:
-    """log(1 - recon) and log(recon), at least -100."""
-    return torch.neg(recon).log1p_().clamp_(min=-100), torch.log(recon).clamp_(min=-100)
-
-
-def _of_logits(pair: Pair) -> Pair:
-    """The pair on sigmoid(recon)."""
-
-    def error(logits: Tensor, target: Tensor, parameter: float) -> Tensor:
-        return pair.error(torch.sigmoid(logits), target, parameter)
-
-    def gradient(logits: Tensor, target: Tensor, parameter: float) -> tuple[Tensor, Tensor]:
-        recon = torch.sigmoid(logits)
-        by_recon, _ = pair.gradient(recon, target, parameter)
-        return by_recon * (1 - recon).mul_(recon), by_recon.neg()
-
-    return Pair(error, gradient)
-
-
-L2 = Pair(_l2_error, _l2_gradient)
-L1 = Pair(_l1_error, _l1_gradient)
 PAIRS = {
-    "l2": L2,
-    "l1": L1,
-    "l2_of_logits": _of_logits(L2),
-    "l1_of_logits": _of_logits(L1),
-    "huber": Pair(_huber_error, _huber_gradient),
-    "log_cosh": Pair(_log_cosh_error, _log_cosh_gradient),
-    "bernoulli": Pair(_bernoulli_error, _bernoulli_gradient),
-    "bernoulli_probs": Pair(_bernoulli_probs_error, _bernoulli_probs_gradient),
+    "l2": Pair(_l2),
+    "l1": Pair(_l1),
+    "l2_of_logits": _of_logits(_l2),
+    "l1_of_logits": _of_logits(_l1),
+    "huber": Pair(_huber),
+    "log_cosh": Pair(_log_cosh),
+    "bernoulli": Pair(_bernoulli, _bernoulli_by_target),
+    "bernoulli_probs": Pair(_bernoulli_probs, _bernoulli_probs_by_target),
 }
