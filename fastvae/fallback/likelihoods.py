@@ -52,7 +52,7 @@ def _l1(piece: Piece) -> None:
     if piece.errors is not None:
         torch.sub(recon, target, out=piece.errors).abs_()
     if piece.gradient is not None:
-        # the smallest beta there is: a sign in one pass, and unlike torch.sgn it keeps NaN
+        # with the smallest normal beta this is the sign in one pass, and unlike torch.sgn it keeps NaN
         beta = torch.finfo(recon.dtype).tiny
         _aten.smooth_l1_loss_backward.grad_input(
             piece.coefficient, recon, target, _NO_REDUCTION, beta, grad_input=piece.gradient
@@ -71,10 +71,8 @@ def _log_cosh(piece: Piece) -> None:
     """With y = alpha d and w = expm1(-2 |y|): |y| + log1p(w / 2), and tanh |y| = -w / (w + 2)."""
     signed, remainder = piece.scratch("a"), piece.scratch("b")
     torch.sub(piece.recon, piece.target, out=signed).mul_(piece.parameter)
-    torch.abs(signed, out=remainder)
-    if piece.errors is not None:
-        piece.errors.copy_(remainder)
-    remainder.mul_(-2).expm1_()
+    distance = torch.abs(signed, out=remainder if piece.errors is None else piece.errors)
+    torch.mul(distance, -2, out=remainder).expm1_()
     if piece.gradient is not None:
         torch.add(remainder, 2, out=piece.gradient)
         torch.div(remainder, piece.gradient, out=piece.gradient)
