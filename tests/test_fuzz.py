@@ -5,13 +5,15 @@ import pytest
 from .fuzz import call, check
 
 FALLBACK, KERNELS = range(0, 3000, 250), range(0, 400, 50)  # first seeds
+NAN_ONCE = (11390, 11531, 12919)  # samples without latents, under free bits of dimensions
 
 
 # numpy, under the interpreter, says what a GPU does silently: inf and NaN
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize(
     ("backend", "seeds"),
-    [("torch", range(first, first + FALLBACK.step)) for first in FALLBACK]
+    [("triton", NAN_ONCE)]
+    + [("torch", range(first, first + FALLBACK.step)) for first in FALLBACK]
     + [("triton", range(first, first + KERNELS.step)) for first in KERNELS],
     ids=str,
 )
