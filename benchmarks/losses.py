@@ -41,8 +41,8 @@ class Loss(NamedTuple):
 
 def tensor(name: str, image: tuple[int, ...], latent: tuple[int, ...], dtype: torch.dtype, device: Any) -> Tensor:
     """One of the tensors that a loss needs beside images and latents; `dtype` is that of the network's outputs."""
-    if name == "mask":
-        return torch.rand(image, device=device) < 0.75
+    if name in ("mask", "kl_mask"):
+        return torch.rand(image if name == "mask" else latent, device=device) < 0.75
     if name in ("weight", "extra"):
         return torch.rand(image[:1], device=device)
     if name == "log_scale":  # a parameter, which autocast leaves in float32
@@ -161,6 +161,7 @@ LOSSES: dict[str, Loss] = {
     "reduction_mean": Loss(lambda x, t, mu, lv: F.mse_loss(x, t) + kl(mu, lv).mean(), {"reduction": "mean"}),
     "beta": of_kl(lambda k: 4 * k.sum() / len(k), beta=4.0),
     "prior": regularized(prior_kl, lambda *prior: {"prior": prior}, "prior", "prior"),
+    "kl_mask": regularized(lambda mu, lv, m: (kl(mu, lv) * m).sum() / len(mu), lambda m: {"kl_mask": m}, "kl_mask"),
     "logvar_clamp": regularized(lambda mu, lv: kl(mu, lv.clamp(*BOUNDS)).sum() / len(mu), {"logvar_clamp": BOUNDS}),
     "free_bits_dim": of_kl(lambda k: k.clamp(min=BITS).sum() / len(k), free_bits=FreeBits(BITS, "dim"), jumps=True),
     "free_bits_dim_batch": of_kl(lambda k: k.mean(0).clamp(min=BITS).sum(), free_bits=FreeBits(BITS, "dim_batch")),

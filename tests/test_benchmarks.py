@@ -214,7 +214,8 @@ def run_main(*arguments):
 
 def test_the_runner_chooses_cases(capsys):
     assert run_main("--list", "--cases", "loss mask fp32", "--cases", "step compiled") == 0
-    losses = [f"loss {name} 8x1x8x8 fp32 {BACKWARD}" for name in ("mask", "mask_normalize", "free_bits_dim_mask")]
+    names = "mask", "mask_normalize", "kl_mask", "free_bits_dim_mask"
+    losses = [f"loss {name} 8x1x8x8 fp32 {BACKWARD}" for name in names]
     assert capsys.readouterr().out.splitlines() == ["step mlp 8 fp32 compiled", *losses]
     assert run_main("--cases", "nothing like it") == 2
     assert "--list shows them" in capsys.readouterr().err

@@ -16,7 +16,7 @@ LAYERS = [
     {"__main__"},
     {"cli"},
     {"training", "integrations"},
-    {"models", "data", "loss", "distributions"},
+    {"models", "data", "loss", "distributions", "iwae"},
     {"functional", "statistics", "input_checks"},
     {"_batch_terms", "sampling", "presets"},
     {"ops"},
