@@ -43,7 +43,13 @@ IN_PTX = {  # a case; what is replaced, by what, where it comes first only if so
         True,
         OFF,
     ),
-    "Philox multiplied with signs": (Case("noise", F32), r"mul\.hi\.u32", "mul.hi.s32", True, OFF),
+    "Philox multiplied with signs": (
+        Case("noise", F32),
+        r"mul\.wide\.u32(\s+%rd\d+, %r\d+, -?\d{9,};)",  # its factors are the only ones as large
+        r"mul.wide.s32\1",
+        True,
+        OFF,
+    ),
     "a shared address off by 16": (
         SAMPLE,
         r"(st\.shared\.[\w.]+\s+\[%r\d+)\]",

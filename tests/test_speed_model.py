@@ -40,7 +40,7 @@ def test_published_times_of_the_same_traffic(predicted, columns):
 
 def test_what_bounds_a_kernel(predicted):
     sample = Case("sample", torch.float32, shape=(2**15, 2**12))
-    noise = replace(sample, op="noise")
+    noise = replace(sample, op="noise", dtype=torch.bfloat16)
     assert predicted(sample).bound == "memory"
     assert predicted(noise).bound == "issue"
     # 1.43 times the bandwidth is of little use to what is bound by instructions
