@@ -31,7 +31,7 @@ def elbo_with_batch_terms(inputs: Sequence[Any], values: Sequence[Any], options_
     """As `elbo`."""
     tensors, numbers, spec = ElboTensors(*inputs), ElboNumbers(*values), LossSpec(*options_of_loss)
     _checks.loss_inputs(tensors, numbers, spec)
-    dtype = compute_dtype(*tensors[:8], *tensors[10:], *numbers)
+    dtype = compute_dtype(*tensors, *numbers)
     # copies, because a schedule may step them before the backward pass
     numbers = ElboNumbers(
         *(n if n is None else in_dtype(n.clone() if isinstance(n, Tensor) else n, dtype) for n in numbers)

@@ -186,7 +186,7 @@ def combine(
         kl, regularized: Sum of the KL, and the same under free bits of each element (None if there are none).
         tensors, numbers, options: As in `elbo`, of which only what acts on samples is read.
     """
-    dtype = compute_dtype(errors, kl, *tensors[:8], *tensors[10:], *numbers)
+    dtype = compute_dtype(errors, kl, *tensors, *numbers)
     beta, recon_weight = in_dtype(numbers.beta, dtype), in_dtype(numbers.recon_weight, dtype)
     capacity = 0.0 if numbers.capacity is None else in_dtype(numbers.capacity, dtype)
     if errors is None and kl is None:

@@ -14,6 +14,7 @@ from fastvae_kernels.types import (
     TensorMeta,
     compute_dtype,
     needs_sample_terms,
+    recon_constant,
 )
 
 from .. import reference
@@ -60,20 +61,13 @@ Outputs = tuple[Tensor, Tensor, Tensor, tuple[Any, ...]]
 def plan_elbo(metas: ElboTensors, numbers: ElboNumbers, options: ElboOptions, writes_gradient: bool) -> ElboPlan:
     """As the function of this name of the kernels."""
     first = next(meta for meta in metas if meta is not None)
-    batch = first.shape[0]
-    constant = 0.0
-    if metas.recon is not None and options.constant:
-        n_elements = math.prod(metas.recon.shape[1:])
-        constant = options.recon_normalizer * (n_elements if options.per_sample else n_elements * batch)
-        constant *= options.constant
-    given = (meta for meta in (*metas[:8], *metas[10:], *numbers) if isinstance(meta, TensorMeta))
     return ElboPlan(
         options=options,
         by_sample=needs_sample_terms(metas, numbers, options),
-        dtype=compute_dtype(*given),
+        dtype=compute_dtype(*metas, *numbers),
         recon_scale=options.recon_normalizer * options.error_weight,
-        recon_constant=constant,
-        batch=batch,
+        recon_constant=recon_constant(metas, options),
+        batch=first.shape[0],
         device=first.device,
         differentiable=any(meta.requires_grad for meta in (*metas, *numbers) if isinstance(meta, TensorMeta)),
     )

@@ -5,12 +5,11 @@ programs read the upstream gradient and leave at once if that is what the forwar
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._tile import NUM_WARPS, full_tile, load, pack_f64, tile_origin, unpack_f64
+from ._tile import NUM_WARPS, full_tile, load, on_device, pack_f64, tile_origin, unpack_f64
 from .elbo_samples import sample_gradients
 from .images import Images, image_pointers, image_tile
 from .latents import Latents, latent_gradient_tile, latent_pointers
@@ -249,10 +248,7 @@ def elbo_bwd(
         held: The buffers of recon and log_scale hold what `elbo_fwd` wrote. They are only scaled, where that is exact
             or where recon is gone.
     """
-    if plan.device.type == "cuda":  # launches go to the current device
-        with torch.cuda.device(plan.device):
-            _launch(plan, tensors, numbers, saved, upstream, gradients, held)
-    else:
+    with on_device(plan.device):
         _launch(plan, tensors, numbers, saved, upstream, gradients, held)
     return gradients
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._reduce import fold
-from ._tile import NUM_WARPS, full_tile, load, pack_f64, tile_origin, unpack_f64
+from ._tile import NUM_WARPS, full_tile, load, on_device, pack_f64, tile_origin, unpack_f64
 from .elbo_samples import sample_terms_fwd
 from .images import Images, image_pointers, image_tile
 from .latents import Latents, apply_free_bits, kl_tile, latent_pointers
@@ -161,10 +161,8 @@ def elbo_fwd(
         drecon, dlog_scale: Buffers for recon_weight times the gradients of the recon term by recon and log_scale; None
             if the backward pass is to compute them.
     """
-    if plan.device.type == "cuda":  # launches go to the current device
-        with torch.cuda.device(plan.device):
-            return _launch(plan, tensors, numbers, drecon, dlog_scale)
-    return _launch(plan, tensors, numbers, drecon, dlog_scale)
+    with on_device(plan.device):
+        return _launch(plan, tensors, numbers, drecon, dlog_scale)
 
 
 def _launch(

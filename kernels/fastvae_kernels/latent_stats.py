@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._tile import NUM_WARPS, element_offsets, layout, load, pack_f64, triton_dtype, unpack_f64
+from ._tile import NUM_WARPS, element_offsets, layout, load, on_device, pack_f64, triton_dtype, unpack_f64
 from .gaussian import clamp, exp, twice_kl_element
 from .types import compute_dtype, meta_of
 
@@ -207,7 +207,7 @@ def latent_stats(
     counts = mu.new_empty(programs, 3, dtype=torch.int64)
     results = (kl, mean, variance, counts)
     low, high = logvar_clamp or (None, None)
-    with torch.cuda.device_of(mu):
+    with on_device(mu.device):
         _latent_stats_kernel[(split.ranges * split.col_programs,)](
             *(mu, logvar, partials, results if whole else None, pack_f64(low), pack_f64(high)),
             *(*at.strides, at.sizes, at.n_rows, at.n_cols, split.range_rows, split.col_programs),

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._tile import NUM_WARPS, tile
+from ._tile import NUM_WARPS, on_device, tile
 
 
 @triton.jit
@@ -144,7 +144,7 @@ def philox_normal(
     normals = torch.empty(shape, dtype=dtype, device=device)
     if n := normals.numel():
         size = tile(1, n, normals.element_size(), noise=True).cols
-        with torch.cuda.device_of(normals):
+        with on_device(normals.device):
             _philox_normal_kernel[(triton.cdiv(n, size),)](
                 *(normals, seed, offset, n),
                 ELEMENTS_PER_THREAD=elements_per_thread(normals.element_size(), offset),

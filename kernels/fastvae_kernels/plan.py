@@ -14,7 +14,7 @@ from .images import Images
 from .latents import Bounds, Latents, bounds_of
 from .likelihoods import Likelihood, likelihood
 from .samples import SampleOptions, sample_options
-from .types import ElboNumbers, ElboOptions, ElboTensors, TensorMeta, compute_dtype, needs_sample_terms
+from .types import ElboNumbers, ElboOptions, ElboTensors, TensorMeta, compute_dtype, needs_sample_terms, recon_constant
 
 MAX_IMAGE_PROGRAMS_BWD = 1 << 10  # few, so that leaving at once costs next to nothing; each walks over its share
 
@@ -94,11 +94,6 @@ def plan_elbo(metas: ElboTensors, numbers: ElboNumbers, options: ElboOptions, wr
     fold = (n_rows, n_recon, n_kl, block_rows, tiles[0][1], tiles[1][1])
     n_elements = 0 if metas.recon is None else math.prod(metas.recon.shape[1:])
     recon_scale = options.recon_normalizer * options.error_weight
-    constant = 0.0
-    if options.constant:
-        constant = options.recon_normalizer * (n_elements if options.per_sample else n_elements * batch)
-        constant *= options.constant
-    given = [meta for meta in (*metas[:8], *metas[10:], *numbers) if isinstance(meta, TensorMeta)]
     return ElboPlan(
         device=first.device,
         first=place,
@@ -120,9 +115,9 @@ def plan_elbo(metas: ElboTensors, numbers: ElboNumbers, options: ElboOptions, wr
         n_kl=0 if metas.kl is None else batch,
         dkl_dtype=triton_dtype(compute_dtype(metas.kl)),
         recon_scale=recon_scale,
-        factors=tuple(map(pack_f64, (recon_scale, constant, options.kl_normalizer))),
+        factors=tuple(map(pack_f64, (recon_scale, recon_constant(metas, options), options.kl_normalizer))),
         shape=(batch,) if options.per_sample else (),
-        dtype=compute_dtype(*given),
+        dtype=compute_dtype(*metas, *numbers),
         fold_programs=triton.cdiv(n_rows, block_rows),
         fold=fold,
         has_number_tensors=any(isinstance(number, TensorMeta) for number in numbers),

@@ -117,6 +117,14 @@ class ElboOptions(NamedTuple):
         return None if self.free_bits is None or self.free_bits.mode == "sample" else self.free_bits
 
 
+def recon_constant(metas: ElboTensors, options: ElboOptions) -> float:
+    """What the constants of all elements add to the reconstruction term, where no option acts on samples."""
+    if metas.recon is None or not options.constant:
+        return 0.0
+    n_elements: int = math.prod(metas.recon.shape[1:]) if options.per_sample else metas.recon.numel()
+    return options.recon_normalizer * n_elements * options.constant
+
+
 class PhiloxNoise(NamedTuple):
     """Standard normals as a function of (seed, element): normal number `offset + i` belongs to element i in C order."""
 
