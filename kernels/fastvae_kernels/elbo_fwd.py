@@ -11,13 +11,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ._reduce import fold
-from ._tile import NUM_WARPS, full_tile, load, on_device, pack_f64, tile_origin, unpack_f64
-from .elbo_samples import sample_terms_fwd
+from ._tile import NUM_WARPS, full_tile, load, on_device, pack_all, tile_origin, unpack_f64
+from .elbo_samples_fwd import sample_terms_fwd
 from .images import Images, image_pointers, image_tile
 from .latents import Latents, apply_free_bits, kl_tile, latent_pointers
 from .plan import ElboPlan
 from .samples import Samples, error_factor
-from .types import ElboNumbers
 
 _NO_IMAGES, _NO_LATENTS = Images(), Latents()
 
@@ -161,15 +160,10 @@ def elbo_fwd(
         drecon, dlog_scale: Buffers for recon_weight times the gradients of the recon term by recon and log_scale; None
             if the backward pass is to compute them.
     """
-    with on_device(plan.device):
-        return _launch(plan, tensors, numbers, drecon, dlog_scale)
-
-
-def _launch(
-    plan: ElboPlan, tensors: Sequence[Any], numbers: Sequence[Any], drecon: Tensor | None, dlog_scale: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
     recon, target, log_scale, extra_map, mu, logvar, prior_mu, prior_logvar, mask, kl_mask, kl, *per_sample = tensors
     beta, recon_weight, _ = numbers
+    factor = 0.0 if drecon is None else plan.recon_scale * recon_weight
+    factor, recon_weight, beta = pack_all(factor, recon_weight, beta)
     new = tensors[plan.first].new_empty
     recon_partials = count_partials = free_bits_partials = None
     kl_partials = kl
@@ -182,49 +176,41 @@ def _launch(
         kl_partials = new(plan.kl_partials, dtype=plan.kl_dtype)
         free_bits_partials = None if plan.bounds.free_bits is None else torch.empty_like(kl_partials)
         latents = Latents(mu, logvar, prior_mu, prior_logvar, kl_mask)
-    samples = None if plan.samples is None else Samples(*per_sample)
-    if programs := plan.image_programs + plan.latent_programs:
-        _elbo_fwd_kernel[(programs,)](
-            images=images,
-            likelihood=plan.likelihood,
-            image_geometry=plan.image,
-            image_programs=plan.image_programs,
-            factor=0 if drecon is None else pack_f64(plan.recon_scale * recon_weight),
-            samples=None if drecon is None else samples,
-            sample_options=None if plan.samples is None else plan.samples.options,
-            recon_partials_ptr=recon_partials,
-            count_partials_ptr=count_partials,
-            latents=latents,
-            bounds=plan.bounds,
-            latent_geometry=plan.latent,
-            kl_partials_ptr=kl_partials,
-            free_bits_partials_ptr=free_bits_partials,
-            num_warps=NUM_WARPS,
-            enable_fp_fusion=True,
-        )
     loss = new(plan.shape, dtype=plan.dtype)
     recon_term, kl_term = torch.empty_like(loss), torch.empty_like(loss)
-    if plan.samples is not None and samples is not None:
+    samples = None if plan.sample_options is None else Samples(*per_sample)
+    with on_device(plan.device):
+        if programs := plan.image_programs + plan.latent_programs:
+            _elbo_fwd_kernel[(programs,)](
+                images=images,
+                likelihood=plan.likelihood,
+                image_geometry=plan.image,
+                image_programs=plan.image_programs,
+                factor=factor,
+                samples=None if drecon is None else samples,
+                sample_options=plan.sample_options,
+                recon_partials_ptr=recon_partials,
+                count_partials_ptr=count_partials,
+                latents=latents,
+                bounds=plan.bounds,
+                latent_geometry=plan.latent,
+                kl_partials_ptr=kl_partials,
+                free_bits_partials_ptr=free_bits_partials,
+                num_warps=NUM_WARPS,
+                enable_fp_fusion=True,
+            )
         partials = recon_partials, count_partials, kl_partials, free_bits_partials
-        saved = sample_terms_fwd(plan.samples, partials, samples, ElboNumbers(*numbers), loss, recon_term, kl_term)
-        return loss, recon_term, kl_term, saved
-    seen = None  # numbers that are tensors: these may change before the backward pass
-    if plan.has_number_tensors:
-        seen = new(2, dtype=plan.dtype)
-    if plan.fold_programs:
-        _elbo_fold_kernel[(plan.fold_programs,)](
-            recon_partials,
-            kl_partials,
-            free_bits_partials,
-            loss,
-            recon_term,
-            kl_term,
-            seen,
-            *plan.factors,
-            pack_f64(recon_weight),
-            pack_f64(beta),
-            *plan.fold,
-            num_warps=NUM_WARPS,
-            enable_fp_fusion=True,
-        )
+        if samples is not None:
+            saved = sample_terms_fwd(plan, partials, samples, numbers, loss, recon_term, kl_term)
+            return loss, recon_term, kl_term, saved
+        # values of numbers that are tensors, which may change before the backward pass
+        seen = new(2, dtype=plan.dtype) if plan.has_number_tensors else None
+        if plan.fold_programs:
+            sums = recon_partials, kl_partials, free_bits_partials
+            results = loss, recon_term, kl_term, seen
+            _elbo_fold_kernel[(plan.fold_programs,)](
+                *(*sums, *results, *plan.factors, recon_weight, beta, *plan.fold),
+                num_warps=NUM_WARPS,
+                enable_fp_fusion=True,
+            )
     return loss, recon_term, kl_term, () if seen is None else (seen,)
