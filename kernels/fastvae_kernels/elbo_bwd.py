@@ -248,8 +248,59 @@ def elbo_bwd(
         held: The buffers of recon and log_scale hold what `elbo_fwd` wrote. They are only scaled, where that is exact
             or where recon is gone.
     """
+    recon, target, log_scale, extra_map, mu, logvar, prior_mu, prior_logvar, mask, kl_mask, _, *per_sample = tensors
+    drecon, dtarget, dlog_scale, dextra_map, dmu, dlogvar, dprior_mu, dprior_logvar, _, _, dkl, *by_sample = gradients
+    beta = recon_weight = None
+    coefficients = None
+    if plan.samples is not None:
+        buffers = Samples(*by_sample[:3])._replace(kl=dkl)
+        numbers_grad = ElboNumbers(*by_sample[3:])
+        with on_device(plan.device):
+            coefficients = sample_gradients(plan.samples, Samples(*per_sample), saved, upstream, buffers, numbers_grad)
+        dkl = None
+    else:
+        beta, recon_weight, _ = seen_numbers(plan, saved, numbers)
+    no_image = drecon is None and dtarget is None and dlog_scale is None and dextra_map is None
+    no_latent = dmu is None and dlogvar is None and dprior_mu is None and dprior_logvar is None
+    image_programs = 0 if no_image else plan.image_programs_bwd
+    latent_programs = image_programs + (0 if no_latent else plan.latent_programs_bwd)
+    programs = latent_programs + (0 if dkl is None else -(-plan.n_kl // _KL_BLOCK))
+    if not programs:
+        return gradients
+    recon = drecon if recon is None else recon
+    images, latents = _NO_IMAGES, _NO_LATENTS
+    if image_programs:
+        images = Images(recon, target, log_scale, mask, extra_map, drecon, dtarget, dlog_scale, dextra_map)
+    if latent_programs > image_programs:
+        latents = Latents(mu, logvar, prior_mu, prior_logvar, kl_mask, dmu, dlogvar, dprior_mu, dprior_logvar)
+    recon_scale, _, kl_scale = plan.factors
     with on_device(plan.device):
-        _launch(plan, tensors, numbers, saved, upstream, gradients, held)
+        _elbo_bwd_kernel.run(
+            grid=(programs,),
+            warmup=False,
+            upstream=Upstream(*upstream),
+            upstream_strides=_STRIDES[plan.shape != ()],
+            coefficients=coefficients,
+            recon_weight=pack_f64(recon_weight),
+            beta=pack_f64(beta),
+            recon_scale=recon_scale,
+            kl_scale=kl_scale,
+            images=images,
+            likelihood=plan.likelihood,
+            image_geometry=plan.image_bwd,
+            image_programs=image_programs,
+            latents=latents,
+            bounds=plan.bounds,
+            latent_geometry=plan.latent_bwd,
+            latent_programs=latent_programs,
+            dkl_ptr=dkl,
+            n_kl=plan.n_kl,
+            HELD=held,
+            KL_BLOCK=_KL_BLOCK,
+            KL_DTYPE=plan.dkl_dtype,
+            num_warps=NUM_WARPS,
+            enable_fp_fusion=True,
+        )
     return gradients
 
 
@@ -265,64 +316,3 @@ def seen_numbers(plan: ElboPlan, saved: tuple[Tensor, ...], numbers: Sequence[An
         recon_weight, beta, capacity, *_ = saved[1].unbind()
         seen = beta, recon_weight, capacity
     return [s if isinstance(n, Tensor) else n for n, s in zip(numbers, seen, strict=True)]
-
-
-def _launch(
-    plan: ElboPlan,
-    tensors: Sequence[Any],
-    numbers: Sequence[Any],
-    saved: tuple[Tensor, ...],
-    upstream: tuple[Tensor | None, ...],
-    gradients: Sequence[Tensor | None],
-    held: bool,
-) -> None:
-    recon, target, log_scale, extra_map, mu, logvar, prior_mu, prior_logvar, mask, kl_mask, _, *per_sample = tensors
-    drecon, dtarget, dlog_scale, dextra_map, dmu, dlogvar, dprior_mu, dprior_logvar, _, _, dkl, *by_sample = gradients
-    beta = recon_weight = None
-    coefficients = None
-    if plan.samples is not None:
-        buffers = Samples(*by_sample[:3])._replace(kl=dkl)
-        coefficients = sample_gradients(
-            plan.samples, Samples(*per_sample), saved, upstream, buffers, ElboNumbers(*by_sample[3:])
-        )
-        dkl = None
-    else:
-        beta, recon_weight, _ = seen_numbers(plan, saved, numbers)
-    no_image = drecon is None and dtarget is None and dlog_scale is None and dextra_map is None
-    no_latent = dmu is None and dlogvar is None and dprior_mu is None and dprior_logvar is None
-    image_programs = 0 if no_image else plan.image_programs_bwd
-    latent_programs = image_programs + (0 if no_latent else plan.latent_programs_bwd)
-    programs = latent_programs + (0 if dkl is None else -(-plan.n_kl // _KL_BLOCK))
-    if not programs:
-        return
-    recon = drecon if recon is None else recon
-    images, latents = _NO_IMAGES, _NO_LATENTS
-    if image_programs:
-        images = Images(recon, target, log_scale, mask, extra_map, drecon, dtarget, dlog_scale, dextra_map)
-    if latent_programs > image_programs:
-        latents = Latents(mu, logvar, prior_mu, prior_logvar, kl_mask, dmu, dlogvar, dprior_mu, dprior_logvar)
-    recon_scale, _, kl_scale = plan.factors
-    _elbo_bwd_kernel[(programs,)](
-        upstream=Upstream(*upstream),
-        upstream_strides=_STRIDES[plan.shape != ()],
-        coefficients=coefficients,
-        recon_weight=pack_f64(recon_weight),
-        beta=pack_f64(beta),
-        recon_scale=recon_scale,
-        kl_scale=kl_scale,
-        images=images,
-        likelihood=plan.likelihood,
-        image_geometry=plan.image_bwd,
-        image_programs=image_programs,
-        latents=latents,
-        bounds=plan.bounds,
-        latent_geometry=plan.latent_bwd,
-        latent_programs=latent_programs,
-        dkl_ptr=dkl,
-        n_kl=plan.n_kl,
-        HELD=held,
-        KL_BLOCK=_KL_BLOCK,
-        KL_DTYPE=plan.dkl_dtype,
-        num_warps=NUM_WARPS,
-        enable_fp_fusion=True,
-    )

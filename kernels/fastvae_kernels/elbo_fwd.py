@@ -20,6 +20,7 @@ from .samples import Samples, error_factor
 from .types import ElboNumbers
 
 _NO_IMAGES, _NO_LATENTS = Images(), Latents()
+_STRIDES: tuple[tuple[int, ...], ...] = (), (1,)  # of a scalar, and of one value per sample
 
 
 @triton.jit
@@ -161,70 +162,68 @@ def elbo_fwd(
         drecon, dlog_scale: Buffers for recon_weight times the gradients of the recon term by recon and log_scale; None
             if the backward pass is to compute them.
     """
-    with on_device(plan.device):
-        return _launch(plan, tensors, numbers, drecon, dlog_scale)
-
-
-def _launch(
-    plan: ElboPlan, tensors: Sequence[Any], numbers: Sequence[Any], drecon: Tensor | None, dlog_scale: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
     recon, target, log_scale, extra_map, mu, logvar, prior_mu, prior_logvar, mask, kl_mask, kl, *per_sample = tensors
     beta, recon_weight, _ = numbers
-    new = tensors[plan.first].new_empty
     recon_partials = count_partials = free_bits_partials = None
     kl_partials = kl
     images, latents = _NO_IMAGES, _NO_LATENTS
     if plan.image_programs:
-        recon_partials = new(plan.recon_partials, dtype=plan.recon_dtype)
+        recon_partials = torch.empty_strided(*plan.recon_partials, dtype=plan.recon_dtype, device=plan.device)
         count_partials = torch.empty_like(recon_partials) if plan.counts_mask else None
         images = Images(recon, target, log_scale, mask, extra_map, drecon, None, dlog_scale)
     if plan.latent_programs:
-        kl_partials = new(plan.kl_partials, dtype=plan.kl_dtype)
+        kl_partials = torch.empty_strided(*plan.kl_partials, dtype=plan.kl_dtype, device=plan.device)
         free_bits_partials = None if plan.bounds.free_bits is None else torch.empty_like(kl_partials)
         latents = Latents(mu, logvar, prior_mu, prior_logvar, kl_mask)
-    samples = None if plan.samples is None else Samples(*per_sample)
-    if programs := plan.image_programs + plan.latent_programs:
-        _elbo_fwd_kernel[(programs,)](
-            images=images,
-            likelihood=plan.likelihood,
-            image_geometry=plan.image,
-            image_programs=plan.image_programs,
-            factor=0 if drecon is None else pack_f64(plan.recon_scale * recon_weight),
-            samples=None if drecon is None else samples,
-            sample_options=None if plan.samples is None else plan.samples.options,
-            recon_partials_ptr=recon_partials,
-            count_partials_ptr=count_partials,
-            latents=latents,
-            bounds=plan.bounds,
-            latent_geometry=plan.latent,
-            kl_partials_ptr=kl_partials,
-            free_bits_partials_ptr=free_bits_partials,
-            num_warps=NUM_WARPS,
-            enable_fp_fusion=True,
-        )
-    loss = new(plan.shape, dtype=plan.dtype)
+    loss = torch.empty_strided(plan.shape, _STRIDES[len(plan.shape)], dtype=plan.dtype, device=plan.device)
     recon_term, kl_term = torch.empty_like(loss), torch.empty_like(loss)
-    if plan.samples is not None and samples is not None:
-        partials = recon_partials, count_partials, kl_partials, free_bits_partials
-        saved = sample_terms_fwd(plan.samples, partials, samples, ElboNumbers(*numbers), loss, recon_term, kl_term)
-        return loss, recon_term, kl_term, saved
-    seen = None  # numbers that are tensors: these may change before the backward pass
-    if plan.has_number_tensors:
-        seen = new(2, dtype=plan.dtype)
-    if plan.fold_programs:
-        _elbo_fold_kernel[(plan.fold_programs,)](
-            recon_partials,
-            kl_partials,
-            free_bits_partials,
-            loss,
-            recon_term,
-            kl_term,
-            seen,
-            *plan.factors,
-            pack_f64(recon_weight),
-            pack_f64(beta),
-            *plan.fold,
-            num_warps=NUM_WARPS,
-            enable_fp_fusion=True,
-        )
+    samples = None if plan.samples is None else Samples(*per_sample)
+    with on_device(plan.device):
+        if programs := plan.image_programs + plan.latent_programs:
+            # kernel[grid](...) comes to the same, but copies the keywords three times, which takes 4 us
+            _elbo_fwd_kernel.run(
+                grid=(programs,),
+                warmup=False,
+                images=images,
+                likelihood=plan.likelihood,
+                image_geometry=plan.image,
+                image_programs=plan.image_programs,
+                factor=0 if drecon is None else pack_f64(plan.recon_scale * recon_weight),
+                samples=None if drecon is None else samples,
+                sample_options=None if plan.samples is None else plan.samples.options,
+                recon_partials_ptr=recon_partials,
+                count_partials_ptr=count_partials,
+                latents=latents,
+                bounds=plan.bounds,
+                latent_geometry=plan.latent,
+                kl_partials_ptr=kl_partials,
+                free_bits_partials_ptr=free_bits_partials,
+                num_warps=NUM_WARPS,
+                enable_fp_fusion=True,
+            )
+        if plan.samples is not None and samples is not None:
+            partials = recon_partials, count_partials, kl_partials, free_bits_partials
+            saved = sample_terms_fwd(plan.samples, partials, samples, ElboNumbers(*numbers), loss, recon_term, kl_term)
+            return loss, recon_term, kl_term, saved
+        seen = None  # numbers that are tensors: these may change before the backward pass
+        if plan.has_number_tensors:
+            seen = torch.empty(2, dtype=plan.dtype, device=plan.device)
+        if plan.fold_programs:
+            _elbo_fold_kernel.run(
+                recon_partials,
+                kl_partials,
+                free_bits_partials,
+                loss,
+                recon_term,
+                kl_term,
+                seen,
+                *plan.factors,
+                pack_f64(recon_weight),
+                pack_f64(beta),
+                *plan.fold,
+                grid=(plan.fold_programs,),
+                warmup=False,
+                num_warps=NUM_WARPS,
+                enable_fp_fusion=True,
+            )
     return loss, recon_term, kl_term, () if seen is None else (seen,)

@@ -37,7 +37,6 @@ class ElboPlan(NamedTuple):
     """Launches of both passes of one kind of call."""
 
     device: torch.device
-    first: int  # place of the first tensor that is given
     image: Geometry  # of the forward pass
     latent: Geometry
     image_programs: int
@@ -48,10 +47,10 @@ class ElboPlan(NamedTuple):
     latent_programs_bwd: int
     likelihood: Likelihood | None
     bounds: Bounds
-    recon_partials: tuple[int, int]  # shape
+    recon_partials: tuple[tuple[int, int], tuple[int, int]]  # shape and strides
     recon_dtype: torch.dtype
     counts_mask: bool
-    kl_partials: tuple[int, int]
+    kl_partials: tuple[tuple[int, int], tuple[int, int]]
     kl_dtype: torch.dtype
     n_kl: int
     dkl_dtype: tl.dtype
@@ -83,7 +82,7 @@ def plan_elbo(metas: ElboTensors, numbers: ElboNumbers, options: ElboOptions, wr
     latent = make_geometry(_latents(metas, ElboTensors()), rows_are_samples)
     image_bwd = make_geometry(_images(metas, gradients), rows_are_samples, MAX_IMAGE_PROGRAMS_BWD)
     latent_bwd = make_geometry(_latents(metas, gradients), rows_are_samples, ONE_TILE_EACH)
-    place, first = next((i, meta) for i, meta in enumerate(metas) if meta is not None)
+    first = next(meta for meta in metas if meta is not None)
     batch = first.shape[0]
     n_rows = batch if rows_are_samples else 1
     n_kl = latent.n_rows * latent.n_col_programs if metas.kl is None else math.prod(metas.kl.shape)
@@ -96,7 +95,6 @@ def plan_elbo(metas: ElboTensors, numbers: ElboNumbers, options: ElboOptions, wr
     recon_scale = options.recon_normalizer * options.error_weight
     return ElboPlan(
         device=first.device,
-        first=place,
         image=image,
         latent=latent,
         image_programs=image.programs,
@@ -107,10 +105,10 @@ def plan_elbo(metas: ElboTensors, numbers: ElboNumbers, options: ElboOptions, wr
         latent_programs_bwd=latent_bwd.programs,
         likelihood=None if metas.recon is None else likelihood(options.error, metas.recon, metas.target),
         bounds=bounds_of(options),
-        recon_partials=(image.n_rows, image.n_col_programs),
+        recon_partials=((image.n_rows, image.n_col_programs), (image.n_col_programs, 1)),
         recon_dtype=compute_dtype(metas.recon, metas.target, metas.log_scale, metas.extra_map),
         counts_mask=by_sample and metas.mask is not None,
-        kl_partials=(latent.n_rows, latent.n_col_programs),
+        kl_partials=((latent.n_rows, latent.n_col_programs), (latent.n_col_programs, 1)),
         kl_dtype=compute_dtype(*metas[4:8]),
         n_kl=0 if metas.kl is None else batch,
         dkl_dtype=triton_dtype(compute_dtype(metas.kl)),
