@@ -3,11 +3,9 @@
 A tensor may be given as its `TensorMeta`. No check reads a tensor's values, so none waits for a device.
 """
 
-import difflib
 import math
-from collections.abc import Iterable
 from numbers import Real
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,24 +13,20 @@ from torch import Tensor
 from fastvae_kernels.types import Clamp, ElboNumbers, ElboOptions, ElboTensors, TensorMeta
 
 from . import _numbers
-from ._dtypes import compute_dtype, in_dtype
+from ._argument_checks import FLOATS as FLOATS
+from ._argument_checks import choice as choice
+from ._argument_checks import expanded as expanded
+from ._argument_checks import fail as fail
+from ._argument_checks import float_tensor as float_tensor
+from ._argument_checks import gaussian as gaussian
+from ._argument_checks import halves as halves
+from ._argument_checks import names
+from ._argument_checks import same_device as same_device
+from ._argument_checks import same_shape as same_shape
+from ._dtypes import in_dtype
 from ._strides import is_dense
 
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 REDUCTIONS = ("batchmean", "sum", "mean", "none")
-
-
-def _names(dtypes: Iterable[torch.dtype]) -> str:
-    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-
-
-def choice(name: str, value: object, known: Iterable[str]) -> None:
-    known = list(known)
-    if value in known:
-        return
-    close = difflib.get_close_matches(str(value), known, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}.{hint}")
 
 
 def reduction(value: str) -> str:
@@ -54,56 +48,6 @@ def reductions(reduction: str, recon_reduction: str | None, kl_reduction: str | 
     return both
 
 
-def float_tensor(name: str, tensor: Any, *, also: tuple[torch.dtype, ...] = ()) -> None:
-    if not isinstance(tensor, Tensor | TensorMeta):
-        raise TypeError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}. Convert it with torch.as_tensor.")
-    if tensor.dtype not in FLOATS and tensor.dtype not in also:
-        raise TypeError(
-            f"{name} must be one of {_names(FLOATS + also)}; got {_names([tensor.dtype])}. "
-            "Convert it, for example with .float()."
-        )
-    if tensor.ndim == 0:
-        raise ValueError(
-            f"{name} must have a batch dimension, [B, ...]; got a 0-dimensional tensor. Pass {name}.reshape(1)."
-        )
-    if tensor.layout != torch.strided:
-        raise ValueError(f"{name} must be a dense tensor; got layout {tensor.layout}. Pass {name}.to_dense().")
-
-
-def same_shape(first: str, a: Any, second: str, b: Any) -> None:
-    if a.shape != b.shape:
-        raise ValueError(
-            f"{first} and {second} must have one shape; got {tuple(a.shape)} and {tuple(b.shape)}. "
-            f"Nothing is broadcast: reshape or expand one of them."
-        )
-
-
-def same_device(first: str, a: Any, second: str, b: Any) -> None:
-    if a.device != b.device:
-        raise ValueError(
-            f"{first} and {second} must be on one device; got {a.device} and {b.device}. "
-            f"Move one with .to({str(a.device)!r})."
-        )
-
-
-def gaussian(mu: Any, logvar: Any) -> None:
-    float_tensor("mu", mu)
-    float_tensor("logvar", logvar)
-    same_shape("mu", mu, "logvar", logvar)
-    same_device("mu", mu, "logvar", logvar)
-
-
-def halves(packed: Tensor, dim: int) -> int:
-    """The dimension, counted from the front, that mean and logvar share."""
-    float_tensor("packed", packed)
-    if not -packed.ndim <= dim < packed.ndim or dim % packed.ndim == 0 or packed.shape[dim] % 2:
-        fail(
-            f"packed must hold mean and logvar as the two halves of dimension dim, which is not the batch's; got shape "
-            f"{tuple(packed.shape)} and dim={dim}. Pass the dimension of 2 C channels."
-        )
-    return dim % packed.ndim
-
-
 def images(recon: Any, target: Any) -> None:
     float_tensor("recon", recon)
     float_tensor("target", target, also=(torch.uint8,))
@@ -117,7 +61,7 @@ def log_scale(name: str, value: Any, *, also: str | None = None) -> Any:
         return value
     if isinstance(value, Tensor):
         if value.dtype not in FLOATS:
-            raise TypeError(f"{name} must be one of {_names(FLOATS)}; got {_names([value.dtype])}. Convert it.")
+            raise TypeError(f"{name} must be one of {names(FLOATS)}; got {names([value.dtype])}. Convert it.")
         return value
     if isinstance(value, str):
         fail(f"{name} must be a float{f', {also!r}' if also else ''} or a tensor; got {value!r}.")
@@ -126,24 +70,10 @@ def log_scale(name: str, value: Any, *, also: str | None = None) -> Any:
     return log_scale
 
 
-def expanded(name: str, tensor: Tensor, other: str, like: Tensor) -> Tensor:
-    """`tensor` in the shape of `like`."""
-    same_device(name, tensor, other, like)
-    if tensor.is_floating_point() and tensor.shape != like.shape:
-        tensor = tensor.to(compute_dtype(tensor))  # its gradient is a sum, which is rounded once
-    try:
-        return tensor.expand(like.shape)
-    except RuntimeError:
-        raise ValueError(
-            f"{name} must broadcast to {other}'s shape {tuple(like.shape)}; got {tuple(tensor.shape)}. Insert "
-            "dimensions of size 1 where it is the same for all."
-        ) from None
-
-
 def mask(value: object, like: Tensor, name: str = "mask", other: str = "recon") -> Tensor:
     """`value` in the shape of `like`."""
     if not isinstance(value, Tensor) or value.dtype != torch.bool:
-        passed = _names([value.dtype]) if isinstance(value, Tensor) else type(value).__name__
+        passed = names([value.dtype]) if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"{name} must be a bool tensor; got {passed}. Compare, for example {name} > 0.5.")
     if value.shape != like.shape:
         return expanded(name, value, other, like)
@@ -157,8 +87,8 @@ def prior(value: Any, mu: Tensor) -> tuple[Tensor, Tensor]:
         raise TypeError(f"prior must be None or a pair of tensors (mu, logvar); got {type(value).__name__}.")
     for name, tensor in zip(("prior's mu", "prior's logvar"), value, strict=True):
         if not isinstance(tensor, Tensor) or tensor.dtype not in FLOATS:
-            came = _names([tensor.dtype]) if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"{name} must be a tensor of {_names(FLOATS)}; got {came}.")
+            came = names([tensor.dtype]) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{name} must be a tensor of {names(FLOATS)}; got {came}.")
     return expanded("prior's mu", value[0], "mu", mu), expanded("prior's logvar", value[1], "mu", mu)
 
 
@@ -248,7 +178,7 @@ def weight(name: str, value: Any) -> float | Tensor:
     if isinstance(value, Tensor):
         if value.ndim != 0 or not value.is_floating_point():
             fail(
-                f"{name} must be a float or a 0-dimensional floating point tensor; got {_names([value.dtype])} "
+                f"{name} must be a float or a 0-dimensional floating point tensor; got {names([value.dtype])} "
                 f"of shape {tuple(value.shape)}. Pass one value."
             )
         return value
@@ -298,7 +228,7 @@ def overwritable(recon: Tensor, target: Tensor, recon_weight: object, one_pass: 
     if not one_pass or recon.dtype == torch.float16 or target.requires_grad or not _is_nonzero_float(recon_weight):
         fail(
             "inplace=True needs one_pass=True, a recon that is not float16, a target without gradient and a "
-            f"recon_weight that is a float other than 0; got one_pass={one_pass}, {_names([recon.dtype])}, "
+            f"recon_weight that is a float other than 0; got one_pass={one_pass}, {names([recon.dtype])}, "
             f"target.requires_grad={target.requires_grad}, recon_weight={recon_weight!r}. Leave inplace out."
         )
 
@@ -332,8 +262,3 @@ def logvar_clamp(value: Any) -> Clamp | None:
             f"logvar_clamp must be None or (lo, hi) with lo < hi; got {value!r}. For example (-30.0, 20.0)."
         )
     return low, high
-
-
-def fail(message: str) -> NoReturn:
-    """For options whose combination has no meaning."""
-    raise ValueError(message)

@@ -24,7 +24,7 @@ LAYERS = [
     {"fallback", "fastvae_kernels"},
     {"_seeds"},
     {"reference", "_checks", "_backend", "_files", "_modules"},
-    {"_elementwise"},
+    {"_elementwise", "_argument_checks"},
     {"_likelihood_base"},
     {"_strides", "_dtypes", "_numbers"},
     {"types"},
