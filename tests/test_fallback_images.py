@@ -1,11 +1,10 @@
-"""The CPU fallback's passes over images: bits that do not depend on threads, and memory kept between calls."""
+"""The CPU fallback's passes over images: bits that do not depend on threads, and buffers shared by pieces."""
 
 import pytest
 import torch
 
 import fastvae
 from fastvae.fallback import elbo as fallback_elbo
-from fastvae.fallback import pages
 from fastvae.likelihoods import NAMED
 
 
@@ -55,18 +54,6 @@ def test_results_do_not_change_with_the_next_call(likelihood, shape):
         copies = [t.clone() for t in first]
         loss_of(2, reduction=reduction)
         assert all(torch.equal(a, b) for a, b in zip(first, copies, strict=True))
-
-
-@pytest.mark.parametrize("mode", [torch.inference_mode, lambda: torch.device("meta")])
-def test_memory_kept_from_a_call_in_another_mode(mode):
-    recon, target = images((2, 3), 1)
-    kl = torch.zeros(2)
-    pages._kept.memory.clear()
-    with mode():
-        expected = fastvae.vae_loss(recon, target, kl=kl, likelihood="log_cosh").loss.item()
-    loss = fastvae.vae_loss(recon, target, kl=kl, likelihood="log_cosh").loss
-    loss.backward()
-    assert loss.item() == expected
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from .._elementwise import ERRORS
 from .._likelihood_base import Piece
 from .._strides import is_dense
 from .gaussian import rows, sum_by_sample
-from .pages import advise_large_pages, scratch_like
+from .hugepages import advise_huge_pages
 
 _PIECE = 1 << 18  # elements: a float32 piece and its squares fit the second-level cache, 1 us a call is noise beside it
 
@@ -56,7 +56,7 @@ def sum_errors(images: Images, coefficient: Coefficient, options: ErrorOptions, 
     dtype = images.dtype
     images, coefficient = _with_rows(images, coefficient)
     if images.drecon is not None and images.drecon.data_ptr() != images.recon.data_ptr():
-        advise_large_pages(images.drecon)
+        advise_huge_pages(images.drecon)
     if _is_plain(images, options):
         sums = _sum_squares(images, coefficient, options, per_sample=per_sample)
     else:
@@ -82,13 +82,12 @@ def _sum_squares(images: Images, coefficient: Coefficient, options: ErrorOptions
     buffers: list[Tensor] = []  # for the difference, unless the gradient's own memory serves, and for the target
     for piece in _pieces(images, _PIECE, per_sample=per_sample):
         if not buffers or buffers[0].shape != piece.recon.shape:
-            buffers = [] if in_place else [scratch_like(piece.recon, dtype, "recon")]
+            buffers = [] if in_place else [torch.empty_like(piece.recon, dtype=dtype)]
             if piece.target.dtype != dtype:
-                buffers.append(scratch_like(piece.recon, dtype, "target"))
+                buffers.append(torch.empty_like(piece.recon, dtype=dtype))
         difference = _subtract(piece, options, piece.drecon if in_place else buffers[0], buffers[-1:])
         if per_sample:
-            squares = torch.square(difference, out=scratch_like(difference, dtype, "errors"))
-            sums.append(_sample_sums(squares))
+            sums.append(_sample_sums(torch.square(difference)))
         else:
             sums.append(_norms(difference) if by_rows else _sum_of_squares(difference))
         if piece.drecon is not None:
@@ -279,7 +278,7 @@ class _Filler:
     def _buffer(self, name: str, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         buffer = self._buffers.get(name)
         if buffer is None or buffer.shape != like.shape:
-            buffer = self._buffers[name] = scratch_like(like, dtype or self.dtype, name)
+            buffer = self._buffers[name] = torch.empty_like(like, dtype=dtype or self.dtype)
         return buffer
 
 
