@@ -1,197 +1,25 @@
-"""What a reconstruction's error is: `vae_loss(..., likelihood=...)` takes a name or an object of this module.
-
-e is the error of one element, x' the reconstruction, x the target; a loss adds e up. In nats where a docstring says so.
-"""
+"""What a reconstruction's error is: `vae_loss(..., likelihood=...)` takes a name or an object of this module."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastvae_kernels.types import ErrorOptions
-
 from . import _checks, _numbers
+from ._elementwise import L1 as L1
+from ._elementwise import L2 as L2
+from ._elementwise import NAMED as NAMED
+from ._elementwise import Bernoulli as Bernoulli
+from ._elementwise import BernoulliProbs as BernoulliProbs
+from ._elementwise import Huber as Huber
+from ._elementwise import LogCosh as LogCosh
+from ._elementwise import SmoothL1 as SmoothL1
+from ._likelihood_base import BYTE_SCALE
+from ._likelihood_base import Elementwise as Elementwise
+from ._likelihood_base import LikelihoodSpec as LikelihoodSpec
 from ._modules import KeepsPrecision
-from .reference import BYTE_SCALE, compute_dtype, soft_lower_bound
-
-
-class LikelihoodSpec(NamedTuple):
-    """A likelihood without its tensors; hashable. See `ElboOptions` for what is computed of it."""
-
-    error: ErrorOptions
-    factor: float = 1.0  # on the error
-    mask_normalize: bool = False
-    nll_weight: float = 1.0
-    constant: float = 0.0
-    softclip: float | None = None
-    log_scale: float = 0.0  # if it is fixed
-    optimal_scale: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Elementwise:
-    """An error that each element has by itself.
-
-    Args:
-        target_scale, target_shift: A uint8 target stands for value * target_scale + target_shift.
-        mask_normalize: Divide by the number of elements that the mask selects instead of by the batch ("batchmean") or
-            by the number of all elements ("mean").
-    """
-
-    target_scale: float = BYTE_SCALE
-    target_shift: float = 0.0
-    mask_normalize: bool = False
-
-    def __post_init__(self) -> None:
-        self._hold(_numbers.finite, "target_scale", "target_shift")
-
-    def _hold(self, check: Callable[[str, object], float], *names: str) -> None:
-        """Replace fields by what a check makes of them."""
-        for name in names:
-            object.__setattr__(self, name, check(name, getattr(self, name)))
-
-    @property
-    def error(self) -> ErrorOptions:
-        """The pair of functions that the backends hold, and its constants."""
-        return ErrorOptions(self._pair, self._parameter, self.target_scale, self.target_shift)
-
-    @property
-    def spec(self) -> LikelihoodSpec:
-        return LikelihoodSpec(self.error, float(self.factor), self.mask_normalize)
-
-    # plain class variables and properties: dynamo traces no super() in a property
-    _pair: ClassVar[Any]
-    _parameter: ClassVar[Any] = 1.0
-    factor: ClassVar[Any] = 1.0  # what the pair's error is multiplied by
-
-
-@dataclass(frozen=True)
-class _OfMeans(Elementwise):
-    """An error of x', or of sigmoid(x') if `from_logits`."""
-
-    from_logits: bool = False
-
-    _name: ClassVar[str]
-
-    @property
-    def _pair(self) -> str:
-        return f"{self._name}_of_logits" if self.from_logits else self._name
-
-
-@dataclass(frozen=True)
-class L2(_OfMeans):
-    """e = (x' - x)^2: nats of a Gaussian decoder of variance 1/2, without its constant ½ log(pi) an element.
-
-    Args:
-        from_logits: x' is sigmoid(recon); the sigmoid is folded into the loss.
-    """
-
-    _name = "l2"
-
-
-@dataclass(frozen=True)
-class L1(_OfMeans):
-    """e = |x' - x|: nats of a Laplace decoder of scale 1, without its constant log(2) an element. Gradient 0 at 0.
-
-    Args:
-        from_logits: x' is sigmoid(recon); the sigmoid is folded into the loss.
-    """
-
-    _name = "l1"
-
-
-@dataclass(frozen=True)
-class Huber(Elementwise):
-    """e = ½ d^2 where |d| = |x' - x| <= delta, else delta (|d| - ½ delta), as torch.nn.functional.huber_loss.
-
-    Raises:
-        ValueError: delta is not positive.
-    """
-
-    delta: float = 1.0
-    _pair = "huber"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._hold(_numbers.positive, "delta")
-
-    @property
-    def _parameter(self) -> float:
-        return self.delta
-
-
-@dataclass(frozen=True)
-class SmoothL1(Elementwise):
-    """e = ½ d^2 / beta where |d| = |x' - x| < beta, else |d| - ½ beta, as torch.nn.functional.smooth_l1_loss.
-
-    Raises:
-        ValueError: beta is negative; 0 is L1.
-    """
-
-    beta: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._hold(_numbers.number if self.beta == 0 else _numbers.positive, "beta")
-
-    @property
-    def _pair(self) -> str:
-        return "huber" if self.beta else "l1"
-
-    @property
-    def _parameter(self) -> float:
-        return self.beta
-
-    @property
-    def factor(self) -> float:
-        return 1.0 / self.beta if self.beta else 1.0
-
-
-@dataclass(frozen=True)
-class LogCosh(Elementwise):
-    """e = log(cosh(alpha d)) / alpha, d = x' - x, as |d| + log1p(exp(-2 alpha |d|)) / alpha - log(2) / alpha: finite.
-
-    Raises:
-        ValueError: alpha is not positive.
-
-    Source: Chen et al., Log Hyperbolic Cosine Loss Improves Variational Auto-Encoder, 2018.
-    """
-
-    alpha: float = 1.0
-    _pair = "log_cosh"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._hold(_numbers.positive, "alpha")
-
-    @property
-    def _parameter(self) -> float:
-        return self.alpha
-
-    @property
-    def factor(self) -> float:
-        return 1.0 / self.alpha
-
-
-@dataclass(frozen=True)
-class Bernoulli(Elementwise):
-    """e = softplus(x') - x' x, x' the logits: nats, as torch.nn.functional.binary_cross_entropy_with_logits."""
-
-    _pair = "bernoulli"
-
-
-@dataclass(frozen=True)
-class BernoulliProbs(Elementwise):
-    """e = -x log(x') - (1 - x) log(1 - x'), x' probabilities: nats, as torch.nn.functional.binary_cross_entropy.
-
-    As there, a logarithm is at least -100, and the gradient divides by at least 1e-12. Values of x' outside [0, 1] are
-    not looked for, which would cost a sync.
-    """
-
-    _pair = "bernoulli_probs"
+from .reference import compute_dtype, soft_lower_bound
 
 
 class _WithScale(KeepsPrecision):
@@ -218,7 +46,7 @@ class _WithScale(KeepsPrecision):
     @property
     def spec(self) -> LikelihoodSpec:
         return LikelihoodSpec(
-            self.base.error,
+            self.base.spec.error,
             float(self.base.factor),
             self.base.mask_normalize,
             self.nll_weight,
@@ -272,6 +100,10 @@ class Gaussian(_WithScale):
         self.constant = 0.5 * math.log(2 * math.pi) if full else 0.0
         self.softclip = None if softclip is None else _numbers.finite("softclip", softclip)
 
+    @property
+    def log_normalizer(self) -> float:
+        return 0.5 * math.log(2 * math.pi) - self.constant
+
     def extra_repr(self) -> str:
         return f"logvar={_shown(self.log_scale)}, full={self.constant != 0}, softclip={self.softclip}"
 
@@ -298,22 +130,15 @@ class Scaled(_WithScale):
             )
         super().__init__(resolved, _checks.log_scale("log_scale", log_scale), nll_weight=1.0)
 
+    @property
+    def log_normalizer(self) -> float | None:
+        return self.base.log_normalizer if isinstance(self.base, L1) else None
+
     def extra_repr(self) -> str:
         return f"base={self.base}, log_scale={_shown(self.log_scale)}"
 
 
 Likelihood = Elementwise | Gaussian | Scaled
-
-NAMED: dict[str, Elementwise] = {
-    "l2": L2(),
-    "l1": L1(),
-    "huber": Huber(),
-    "smooth_l1": SmoothL1(),
-    "log_cosh": LogCosh(),
-    "bernoulli": Bernoulli(),
-    "bernoulli_probs": BernoulliProbs(),
-}
-
 
 SPECS = {name: likelihood.spec for name, likelihood in NAMED.items()}
 _NAMES = {spec: name for name, spec in reversed(SPECS.items())}

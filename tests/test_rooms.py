@@ -24,6 +24,8 @@ LAYERS = [
     {"fallback", "fastvae_kernels"},
     {"_seeds"},
     {"reference", "_checks", "_backend", "_files", "_modules"},
+    {"_elementwise"},
+    {"_likelihood_base"},
     {"_strides", "_dtypes", "_numbers"},
     {"types"},
 ]

@@ -212,12 +212,17 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else _NO_CONTEXT
 
 
-def pack_f64(x: float | Tensor | None) -> int | Tensor | None:
+def pack_f64(x: float | Tensor | None) -> Any:
     """What `unpack_f64` takes: the bits of a float, because a float argument arrives on a GPU rounded to float32."""
-    if x is None or isinstance(x, Tensor):
-        return x
-    bits: int = _INT64.unpack(_FLOAT64.pack(x))[0]
-    return bits
+    return pack_all(x)[0]
+
+
+def pack_all(*numbers: float | Tensor | None) -> list[Any]:
+    """`pack_f64` of each."""
+    packed: list[Any] = []
+    for x in numbers:
+        packed.append(x if x is None or isinstance(x, Tensor) else _INT64.unpack(_FLOAT64.pack(x))[0])
+    return packed
 
 
 def triton_dtype(dtype: torch.dtype) -> tl.dtype:
