@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._tile import NUM_WARPS, full_tile, load, on_device, pack_all, tile_origin, unpack_f64
-from .elbo_samples import sample_gradients
+from .elbo_samples_bwd import sample_gradients
 from .images import Images, image_pointers, image_tile
 from .latents import Latents, latent_gradient_tile, latent_pointers
 from .plan import ElboPlan
@@ -212,6 +212,20 @@ def _elbo_bwd_kernel(
         _kl_program(kl_pid, upstream, beta, kl_scale, dkl_ptr, n_kl, KL_BLOCK, KL_DTYPE)
 
 
+def seen_numbers(plan: ElboPlan, saved: tuple[Tensor, ...], numbers: Sequence[Any]) -> Sequence[Any]:
+    """The numbers as the forward pass saw them: tensors may have changed since."""
+    if not saved:
+        return numbers
+    seen: tuple[Any, ...]
+    if plan.sample_options is None:
+        recon_weight, beta = saved[0].unbind()
+        seen = beta, recon_weight, None
+    else:
+        recon_weight, beta, capacity, *_ = saved[1].unbind()
+        seen = beta, recon_weight, capacity
+    return [s if isinstance(n, Tensor) else n for n, s in zip(numbers, seen, strict=True)]
+
+
 def elbo_bwd(
     plan: ElboPlan,
     tensors: Sequence[Any],
@@ -233,31 +247,30 @@ def elbo_bwd(
             or where recon is gone.
     """
     recon, target, log_scale, extra_map, mu, logvar, prior_mu, prior_logvar, mask, kl_mask, _, *per_sample = tensors
-    drecon, dtarget, dlog_scale, dextra_map, dmu, dlogvar, dprior_mu, dprior_logvar, _, _, dkl, *by_sample = gradients
+    drecon, dtarget, dlog_scale, dextra_map, dmu, dlogvar, dprior_mu, dprior_logvar, _, _, dkl, *small = gradients
     dloss, drecon_term, dkl_term = upstream
-    beta = recon_weight = coefficients = None
-    if plan.samples is not None:
-        buffers = Samples(*by_sample[:3])._replace(kl=dkl)
-        numbers_grad = ElboNumbers(*by_sample[3:])
-        with on_device(plan.device):
-            coefficients = sample_gradients(plan.samples, Samples(*per_sample), saved, upstream, buffers, numbers_grad)
-        dkl = None
-    else:
-        beta, recon_weight, _ = pack_all(*(seen_numbers(plan, saved, numbers) if saved else numbers))
     no_image = drecon is None and dtarget is None and dlog_scale is None and dextra_map is None
     no_latent = dmu is None and dlogvar is None and dprior_mu is None and dprior_logvar is None
-    image_programs = 0 if no_image else plan.image_programs_bwd
-    latent_programs = image_programs + (0 if no_latent else plan.latent_programs_bwd)
-    programs = latent_programs + (0 if dkl is None else -(-plan.n_kl // _KL_BLOCK))
-    if not programs:
-        return gradients
-    recon = drecon if recon is None else recon
-    images, latents = _NO_IMAGES, _NO_LATENTS
-    if image_programs:
-        images = Images(recon, target, log_scale, mask, extra_map, drecon, dtarget, dlog_scale, dextra_map)
-    if latent_programs > image_programs:
-        latents = Latents(mu, logvar, prior_mu, prior_logvar, kl_mask, dmu, dlogvar, dprior_mu, dprior_logvar)
     with on_device(plan.device):
+        beta = recon_weight = coefficients = None
+        if plan.sample_options is None:
+            beta, recon_weight, _ = pack_all(*(seen_numbers(plan, saved, numbers) if saved else numbers))
+        else:
+            buffers = Samples(small[0], small[1], small[2], dkl)
+            numbers_grad = ElboNumbers(*small[3:])
+            coefficients = sample_gradients(plan, Samples(*per_sample), saved, upstream, buffers, numbers_grad)
+            dkl = None
+        image_programs = 0 if no_image else plan.image_programs_bwd
+        latent_programs = image_programs + (0 if no_latent else plan.latent_programs_bwd)
+        programs = latent_programs + (0 if dkl is None else -(-plan.n_kl // _KL_BLOCK))
+        if not programs:
+            return gradients
+        recon = drecon if recon is None else recon
+        images, latents = _NO_IMAGES, _NO_LATENTS
+        if image_programs:
+            images = Images(recon, target, log_scale, mask, extra_map, drecon, dtarget, dlog_scale, dextra_map)
+        if latent_programs > image_programs:
+            latents = Latents(mu, logvar, prior_mu, prior_logvar, kl_mask, dmu, dlogvar, dprior_mu, dprior_logvar)
         _elbo_bwd_kernel.run(
             grid=(programs,),
             warmup=False,
@@ -284,17 +297,3 @@ def elbo_bwd(
             enable_fp_fusion=True,
         )
     return gradients
-
-
-def seen_numbers(plan: ElboPlan, saved: tuple[Tensor, ...], numbers: Sequence[Any]) -> Sequence[Any]:
-    """The numbers as the forward pass saw them: tensors may have changed since."""
-    if not saved:  # all are floats
-        return numbers
-    seen: tuple[Any, ...]
-    if plan.samples is None:
-        recon_weight, beta = saved[0].unbind()
-        seen = beta, recon_weight, None
-    else:
-        recon_weight, beta, capacity, *_ = saved[1].unbind()
-        seen = beta, recon_weight, capacity
-    return [s if isinstance(n, Tensor) else n for n, s in zip(numbers, seen, strict=True)]

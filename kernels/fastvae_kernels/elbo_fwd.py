@@ -12,12 +12,11 @@ from torch import Tensor
 
 from ._reduce import fold
 from ._tile import NUM_WARPS, full_tile, load, on_device, pack_all, tile_origin, unpack_f64
-from .elbo_samples import sample_terms_fwd
+from .elbo_samples_fwd import sample_terms_fwd
 from .images import Images, image_pointers, image_tile
 from .latents import Latents, apply_free_bits, kl_tile, latent_pointers
 from .plan import ElboPlan
 from .samples import Samples, error_factor
-from .types import ElboNumbers
 
 _NO_IMAGES, _NO_LATENTS = Images(), Latents()
 _STRIDES: tuple[tuple[int, ...], ...] = (), (1,)  # of a scalar, and of one value per sample
@@ -179,7 +178,7 @@ def elbo_fwd(
         latents = Latents(mu, logvar, prior_mu, prior_logvar, kl_mask)
     loss = torch.empty_strided(plan.shape, _STRIDES[len(plan.shape)], dtype=plan.dtype, device=plan.device)
     recon_term, kl_term = torch.empty_like(loss), torch.empty_like(loss)
-    samples = None if plan.samples is None else Samples(*per_sample)
+    samples = None if plan.sample_options is None else Samples(*per_sample)
     with on_device(plan.device):
         if programs := plan.image_programs + plan.latent_programs:
             # kernel[grid](...) comes to the same, but copies the keywords three times, which takes 4 us
@@ -192,7 +191,7 @@ def elbo_fwd(
                 image_programs=plan.image_programs,
                 factor=factor,
                 samples=None if drecon is None else samples,
-                sample_options=None if plan.samples is None else plan.samples.options,
+                sample_options=plan.sample_options,
                 recon_partials_ptr=recon_partials,
                 count_partials_ptr=count_partials,
                 latents=latents,
@@ -203,26 +202,17 @@ def elbo_fwd(
                 num_warps=NUM_WARPS,
                 enable_fp_fusion=True,
             )
-        if plan.samples is not None and samples is not None:
-            partials = recon_partials, count_partials, kl_partials, free_bits_partials
-            saved = sample_terms_fwd(plan.samples, partials, samples, ElboNumbers(*numbers), loss, recon_term, kl_term)
+        partials = recon_partials, count_partials, kl_partials, free_bits_partials
+        if samples is not None:
+            saved = sample_terms_fwd(plan, partials, samples, numbers, loss, recon_term, kl_term)
             return loss, recon_term, kl_term, saved
-        seen = None  # numbers that are tensors: these may change before the backward pass
-        if plan.has_number_tensors:
-            seen = torch.empty(2, dtype=plan.dtype, device=plan.device)
+        # values of numbers that are tensors, which may change before the backward pass
+        seen = torch.empty(2, dtype=plan.dtype, device=plan.device) if plan.has_number_tensors else None
         if plan.fold_programs:
+            sums = recon_partials, kl_partials, free_bits_partials
+            results = loss, recon_term, kl_term, seen
             _elbo_fold_kernel.run(
-                recon_partials,
-                kl_partials,
-                free_bits_partials,
-                loss,
-                recon_term,
-                kl_term,
-                seen,
-                *plan.factors,
-                recon_weight,
-                beta,
-                *plan.fold,
+                *(*sums, *results, *plan.factors, recon_weight, beta, *plan.fold),
                 grid=(plan.fold_programs,),
                 warmup=False,
                 num_warps=NUM_WARPS,

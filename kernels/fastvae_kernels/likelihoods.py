@@ -90,7 +90,7 @@ def log1p(x):
 def _log_cosh_error(recon, target, alpha):
     """log(cosh(alpha |recon - target|))"""
     distance = tl.abs(recon - target) * alpha
-    return distance + (log1p(exp(-2.0 * distance, distance.dtype)) - 0.6931471805599453)
+    return distance + (log1p(exp(distance, distance.dtype, -2.0)) - 0.6931471805599453)
 
 
 @triton.jit

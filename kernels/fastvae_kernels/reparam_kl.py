@@ -31,7 +31,7 @@ def _sample_tile(mu_ptrs, logvar_ptrs, z_ptrs, noise, mask, low, high, WITH_KL: 
     """Store z; return twice the KL of each element (zeros if it is not asked for)."""
     mu = load(mu_ptrs, mask, DTYPE)
     logvar = clamp(load(logvar_ptrs, mask, DTYPE), low, high, DTYPE)
-    sigma = exp(0.5 * logvar, DTYPE)
+    sigma = exp(logvar, DTYPE, 0.5)
     tl.store(z_ptrs, (mu + sigma * noise).to(z_ptrs.dtype.element_ty), mask=mask)
     kl = tl.zeros(mu.shape, DTYPE)
     if WITH_KL:
@@ -96,7 +96,7 @@ def _gradient_tile(
     if dz_ptrs is not None:
         dz = load(dz_ptrs, mask, DTYPE)
         dmu += dz
-        dlogvar += dz * (exp(0.5 * logvar, DTYPE) * noise)
+        dlogvar += dz * (exp(logvar, DTYPE, 0.5) * noise)
     if dkl is not None:
         dmu += dkl * load(mu_ptrs, mask, DTYPE)
         dlogvar += dkl * expm1(logvar, DTYPE)
