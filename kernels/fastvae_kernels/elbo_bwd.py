@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._tile import NUM_WARPS, full_tile, load, on_device, pack_f64, tile_origin, unpack_f64
-from .elbo_samples import sample_gradients
+from .elbo_samples_bwd import sample_gradients
 from .images import Images, image_pointers, image_tile
 from .latents import Latents, latent_gradient_tile, latent_pointers
 from .plan import ElboPlan
@@ -107,6 +107,10 @@ def _image_program(
         )
     else:
         coefficient = load(coefficients.error + rows, rows < geometry.n_rows, geometry.dtype)
+    unweighed = 0.0
+    if images.weight is not None:
+        unweighed = coefficient
+        coefficient = load(coefficients.weighed + rows, rows < geometry.n_rows, geometry.dtype)
     n_steps = geometry.steps
     factor = coefficient
     exact = False
@@ -131,9 +135,9 @@ def _image_program(
         elif images.target is None:  # recon is gone: its gradient took its place
             pass
         elif whole:
-            image_tile(images, ptrs, likelihood, coefficient, None, geometry.dtype)
+            image_tile(images, ptrs, likelihood, coefficient, unweighed, None, geometry.dtype)
         else:
-            image_tile(images, ptrs, likelihood, coefficient, mask, geometry.dtype)
+            image_tile(images, ptrs, likelihood, coefficient, unweighed, mask, geometry.dtype)
         first_col += geometry.block_cols
 
 
@@ -278,12 +282,17 @@ def _launch(
 ) -> None:
     recon, target, log_scale, extra_map, mu, logvar, prior_mu, prior_logvar, mask, kl_mask, _, *per_sample = tensors
     drecon, dtarget, dlog_scale, dextra_map, dmu, dlogvar, dprior_mu, dprior_logvar, _, _, dkl, *by_sample = gradients
-    beta = recon_weight = None
+    beta = recon_weight = weight_map = None
     coefficients = None
     if plan.samples is not None:
-        buffers = Samples(*by_sample[:3])._replace(kl=dkl)
+        # a gradient of the reconstruction term has no part in what the forward pass weighed and wrote
+        held = held and (per_sample[-1] is None or upstream[1] is None)
+        if plan.weighs_elements:
+            *per_sample, weight_map = per_sample
+        dweight, dextra, dsample_log_scale, dbetas, drecon_weights, *of_numbers = by_sample
+        buffers = Samples(dweight, dextra, dsample_log_scale, dbetas, drecon_weights, dkl)
         coefficients = sample_gradients(
-            plan.samples, Samples(*per_sample), saved, upstream, buffers, ElboNumbers(*by_sample[3:])
+            plan.samples, Samples(*per_sample), saved, upstream, buffers, ElboNumbers(*of_numbers)
         )
         dkl = None
     else:
@@ -298,7 +307,8 @@ def _launch(
     recon = drecon if recon is None else recon
     images, latents = _NO_IMAGES, _NO_LATENTS
     if image_programs:
-        images = Images(recon, target, log_scale, mask, extra_map, drecon, dtarget, dlog_scale, dextra_map)
+        gradients = drecon, dtarget, dlog_scale, dextra_map
+        images = Images(recon, target, log_scale, mask, extra_map, weight_map, *gradients)
     if latent_programs > image_programs:
         latents = Latents(mu, logvar, prior_mu, prior_logvar, kl_mask, dmu, dlogvar, dprior_mu, dprior_logvar)
     recon_scale, _, kl_scale = plan.factors

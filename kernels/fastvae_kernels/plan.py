@@ -51,6 +51,7 @@ class ElboPlan(NamedTuple):
     recon_partials: tuple[int, int]  # shape
     recon_dtype: torch.dtype
     counts_mask: bool
+    weighs_elements: bool
     kl_partials: tuple[int, int]
     kl_dtype: torch.dtype
     n_kl: int
@@ -108,8 +109,9 @@ def plan_elbo(metas: ElboTensors, numbers: ElboNumbers, options: ElboOptions, wr
         likelihood=None if metas.recon is None else likelihood(options.error, metas.recon, metas.target),
         bounds=bounds_of(options),
         recon_partials=(image.n_rows, image.n_col_programs),
-        recon_dtype=compute_dtype(metas.recon, metas.target, metas.log_scale, metas.extra_map),
+        recon_dtype=compute_dtype(*metas[:4], metas.weight_map),
         counts_mask=by_sample and metas.mask is not None,
+        weighs_elements=metas.weight_map is not None,
         kl_partials=(latent.n_rows, latent.n_col_programs),
         kl_dtype=compute_dtype(*metas[4:8]),
         n_kl=0 if metas.kl is None else batch,
@@ -125,7 +127,10 @@ def plan_elbo(metas: ElboTensors, numbers: ElboNumbers, options: ElboOptions, wr
         if not by_sample
         else SamplePlan(
             options=sample_options(
-                options, n_elements, metas.sample_log_scale is not None and not metas.sample_log_scale.shape
+                options,
+                n_elements,
+                one_scale=metas.sample_log_scale is not None and not metas.sample_log_scale.shape,
+                weighs_elements=metas.weight_map is not None,
             ),
             normalizers=(pack_f64(options.recon_normalizer), pack_f64(options.kl_normalizer)),
             mask_normalize=options.mask_normalize,
@@ -140,7 +145,7 @@ def plan_elbo(metas: ElboTensors, numbers: ElboNumbers, options: ElboOptions, wr
 
 
 def _images(metas: ElboTensors, gradients: ElboTensors) -> Images:
-    inputs = metas.recon, metas.target, metas.log_scale, metas.mask, metas.extra_map
+    inputs = metas.recon, metas.target, metas.log_scale, metas.mask, metas.extra_map, metas.weight_map
     return Images(*inputs, gradients.recon, gradients.target, gradients.log_scale, gradients.extra_map)
 
 
