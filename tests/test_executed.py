@@ -171,3 +171,15 @@ def test_programs_that_take_several_tiles(few_programs, case):
             for launch in launches
             if "fold" not in launch.name
         )
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_the_seeds_of_a_noise_state(target):
+    expected, state = fastvae.NoiseState(2**63 + 5), fastvae.NoiseState(2**63 + 5)
+    with executed(target):
+        for _ in range(3):
+            state.advance()
+    for _ in range(3):
+        expected.advance()
+    assert torch.equal(state.seed, expected.seed)
+    assert torch.equal(state.step, expected.step)
