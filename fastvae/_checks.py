@@ -5,7 +5,7 @@ A tensor may be given as its `TensorMeta`. No check reads a tensor's values, so 
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any, NoReturn
 
@@ -20,18 +20,22 @@ from ._strides import is_dense
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 REDUCTIONS = ("batchmean", "sum", "mean", "none")
+SCHEDULES = ("Linear", "Cosine", "Sigmoid", "Cyclical")
 
 
 def _names(dtypes: Iterable[torch.dtype]) -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
-def choice(name: str, value: object, known: Iterable[str]) -> None:
+def choice(name: str, value: object, known: Iterable[str], synonyms: Mapping[str, str] = {}) -> None:
+    """Check that value is one of the known names; `synonyms` says in code what to pass for other names."""
     known = list(known)
     if value in known:
         return
-    close = difflib.get_close_matches(str(value), known, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
+    word = str(value).lower()
+    close = difflib.get_close_matches(word, known, n=1)
+    meant = synonyms.get(word) or (repr(close[0]) if close else None)
+    hint = f" Did you mean {meant}?" if meant else ""
     raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}.{hint}")
 
 
@@ -253,7 +257,12 @@ def weight(name: str, value: Any) -> float | Tensor:
             )
         return value
     if type(value) is not float and (isinstance(value, bool) or not isinstance(value, int | float | Real)):
-        raise TypeError(f"{name} must be a float or a 0-dimensional tensor; got {type(value).__name__}.")
+        hint = ""
+        if name == "beta":
+            (schedule, *_) = [*difflib.get_close_matches(str(value).title(), SCHEDULES, n=1), "Linear"]
+            call = f"fastvae.schedules.{schedule}(0.0, 1.0, steps)"
+            hint = f" For a schedule, use VAELoss(beta={call}), or pass its .value to a function."
+        raise TypeError(f"{name} must be a float or a 0-dimensional tensor; got {kind(value)}.{hint}")
     number = _numbers.number(name, value)
     if not number >= 0:
         fail(f"{name} must be 0 or more; got {value!r}. To subtract a term, negate the result instead.")
@@ -261,11 +270,11 @@ def weight(name: str, value: Any) -> float | Tensor:
 
 
 def regularizers(free_bits: Any, free_bits_type: type, capacity: Any, capacity_type: type) -> None:
-    for name, value, kind in (("free_bits", free_bits, free_bits_type), ("capacity", capacity, capacity_type)):
-        if value is not None and not isinstance(value, kind):
+    for name, value, cls in (("free_bits", free_bits, free_bits_type), ("capacity", capacity, capacity_type)):
+        if value is not None and not isinstance(value, cls):
             raise TypeError(
-                f"{name} must be None or a {kind.__module__}.{kind.__name__}; got {type(value).__name__}. "
-                f"For example {kind.__name__}(0.5)."
+                f"{name} must be None or a {cls.__module__}.{cls.__name__}; got {kind(value)}. "
+                f"For example {cls.__name__}(0.5)."
             )
 
 
@@ -332,6 +341,11 @@ def logvar_clamp(value: Any) -> Clamp | None:
             f"logvar_clamp must be None or (lo, hi) with lo < hi; got {value!r}. For example (-30.0, 20.0)."
         )
     return low, high
+
+
+def kind(value: object) -> str:
+    """What a caller passed, in an error about its type."""
+    return f"the class {value.__name__}, not an object of it" if isinstance(value, type) else type(value).__name__
 
 
 def fail(message: str) -> NoReturn:

@@ -123,6 +123,21 @@ assert {m for m in sys.modules if m.startswith("fastvae_kernels.")} == {"fastvae
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
 
 
+def test_the_package_shows_its_public_names_only():
+    script = """
+import sys, fastvae
+assert sorted(dir(fastvae)) == sorted([*fastvae.__all__, "__version__"])
+modules = {"fastvae.data", "fastvae.models", "fastvae.training"}
+assert not modules & set(sys.modules)
+assert all(hasattr(fastvae, name) for name in fastvae.__all__)
+assert modules <= set(sys.modules)
+assert not hasattr(fastvae, "no_such_name")
+from fastvae import *
+assert VAELoss and models.VAE and data.load
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+
+
 def test_importing_fastvae_imports_no_kernels_and_no_extras():
     script = """
 import sys, fastvae
