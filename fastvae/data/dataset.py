@@ -99,8 +99,10 @@ def split(dataset: Dataset[Tensor], *, validation: float = 0.1, seed: int = 0) -
         raise ValueError(f"validation must be a share between 0 and 1, both excluded; got {validation}. Pass 0.1, say.")
     n_images = len(dataset)  # type: ignore[arg-type]
     if n_images < 2:
+        skipped = [f" {name} was left out: {why}." for name, why in getattr(dataset, "skipped", {}).items()]
         raise DataError(
-            f"a split needs at least 2 images, one to train and one to validate; got {n_images}. Add images."
+            f"a split needs at least 2 images, one to train and one to validate; got {n_images}.{''.join(skipped[:3])} "
+            "Add images."
         )
     random = torch.Generator("cpu").manual_seed(seed)
     groups: Tensor | None = getattr(dataset, "groups", None)

@@ -26,6 +26,15 @@ class Started:
 
 
 @dataclass(frozen=True)
+class Stepped:
+    """A training step was issued; a GPU may still be computing it."""
+
+    step: int
+    images: int
+    """Images of one step, of all processes together."""
+
+
+@dataclass(frozen=True)
 class Logged:
     """A line went into metrics.jsonl."""
 
@@ -49,4 +58,4 @@ class Finished:
     pictures: list[Path]
 
 
-Event = Started | Logged | Saved | Finished
+Event = Started | Stepped | Logged | Saved | Finished

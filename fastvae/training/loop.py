@@ -23,7 +23,7 @@ from .checkpoint import CHECKPOINT_FILE, load_checkpoint, restore, save_checkpoi
 from .config import CONFIG_FILE, TrainConfig
 from .distributed import World, own_device, resumed_after_restart, world_of
 from .evaluation import Evaluation, baseline_nats, evaluate, evaluation_mode
-from .events import Event, Finished, Saved, Started
+from .events import Event, Finished, Saved, Started, Stepped
 from .heap import keep_freed_memory
 from .interruption import TrainingInterrupted, deferred_signals
 from .metrics import FiniteWatch, RunningMean
@@ -226,7 +226,7 @@ def _train(
                 if averaged:
                     averaged.update_parameters(objective)
                 step += 1
-
+                notify(Stepped(step, batch_size))
                 running.add(terms)
                 # loss scaling meets infinite gradients on its way and skips those steps
                 watch.add(step, terms.loss if scaler.is_enabled() else terms.loss + norm)
