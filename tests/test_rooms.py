@@ -16,6 +16,7 @@ LAYERS = [
     {"__main__"},
     {"cli"},
     {"training", "integrations"},
+    {"evaluation"},
     {"models", "data", "loss", "distributions", "iwae"},
     {"functional", "statistics", "input_checks"},
     {"_batch_terms", "sampling", "presets"},
@@ -23,7 +24,7 @@ LAYERS = [
     {"likelihoods", "regularizers", "schedules", "parametrizations", "noise_state"},
     {"fallback", "fastvae_kernels"},
     {"_seeds"},
-    {"reference", "_checks", "_backend", "_files", "_modules"},
+    {"reference", "_checks", "_backend", "_distributed", "_files", "_modules"},
     {"_strides", "_dtypes", "_numbers"},
     {"types"},
 ]
@@ -102,7 +103,7 @@ def test_wheel_holds_the_two_packages(tmp_path):
         "fastvae/py.typed",
         "fastvae_kernels/py.typed",
         "fastvae/data/fashion_mnist.npz",
-        "fastvae/training/report.html",
+        "fastvae/evaluation/report.html",
     ):
         assert needed in names
     assert any(name.endswith("fashion_mnist.LICENSE") for name in names)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fastvae.training.batches import spread_images
+from fastvae.data.batches import spread_images
 from fastvae.training.config import SEEDS
 
 from .inputs import load_images, load_model, require_free, require_picture, require_positive
@@ -92,7 +92,7 @@ class Interpolate:
 
 def sample(options: Sample) -> int:
     """Write the picture of `fastvae sample`."""
-    from fastvae.training import pictures
+    from fastvae.evaluation import pictures
 
     require_positive("n", options.n)
     require_positive("seed", options.seed, least=0, most=SEEDS - 1)
@@ -105,7 +105,7 @@ def sample(options: Sample) -> int:
 
 def reconstruct(options: Reconstruct) -> int:
     """Write the picture of `fastvae reconstruct`."""
-    from fastvae.training import pictures
+    from fastvae.evaluation import pictures
 
     require_positive("n", options.n)
     require_free(options.out, force=options.force)
@@ -118,7 +118,7 @@ def reconstruct(options: Reconstruct) -> int:
 
 def interpolate(options: Interpolate) -> int:
     """Write the picture of `fastvae interpolate`."""
-    from fastvae.training import pictures
+    from fastvae.evaluation import pictures
 
     require_positive("n", options.n)
     require_positive("steps", options.steps, least=2)

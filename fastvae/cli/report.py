@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastvae.evaluation.elbo import baseline_nats, evaluate
 from fastvae.training.config import read_run_config
-from fastvae.training.evaluation import baseline_nats, evaluate
 from fastvae.training.run_folder import METRICS_FILE, naming_the_run, read_metrics
 
 from .inputs import load_images, load_objective
@@ -31,7 +31,7 @@ class Report:
 
 def run(options: Report) -> int:
     """Write the page and say where it is."""
-    from fastvae.training.report import summarize
+    from fastvae.evaluation.report import summarize
 
     read_run_config(options.model)  # a folder without one is no run
     objective = load_objective(options.model, options.device)

@@ -2,9 +2,9 @@
 
 import sys
 
+from fastvae._distributed import is_first_process
 from fastvae.presets import PRESETS
 from fastvae.training import TrainConfig, train
-from fastvae.training.distributed import is_first_process
 from fastvae.training.run_folder import METRICS_FILE
 
 from .evaluate import summary
