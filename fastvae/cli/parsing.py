@@ -78,7 +78,9 @@ def _parser(name: str, options: type) -> argparse.ArgumentParser:
     )
     docstrings = _docstrings(options)
     types = option_types(options)
-    for field in dataclasses.fields(options):
+    for field in sorted(
+        dataclasses.fields(options), key=lambda field: bool(field.kw_only)
+    ):  # those of a base class last
         kind = types[field.name]
         required = field.default is dataclasses.MISSING
         note = " (required)" if required else _default_note(field.default)
@@ -135,14 +137,17 @@ def _default_note(default: object) -> str:
 
 
 def _docstrings(options: type) -> dict[str, str]:
-    """What stands below each field of a dataclass, on one line."""
-    (body,) = (
-        node.body for node in ast.parse(textwrap.dedent(inspect.getsource(options))).body if hasattr(node, "body")
-    )
+    """What stands below each field of a dataclass and its bases, on one line."""
     found = {}
-    for node, following in itertools.pairwise(body):
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(following, ast.Expr):
-            found[node.target.id] = " ".join(str(ast.literal_eval(following.value)).split())
+    for owner in filter(dataclasses.is_dataclass, options.__mro__):
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
+        for node, following in itertools.pairwise(definition.body):  # type: ignore[attr-defined]
+            if (
+                isinstance(node, ast.AnnAssign)
+                and isinstance(node.target, ast.Name)
+                and isinstance(following, ast.Expr)
+            ):
+                found[node.target.id] = " ".join(str(ast.literal_eval(following.value)).split())
     return found
 
 

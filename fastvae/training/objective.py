@@ -3,16 +3,22 @@
 import math
 import warnings
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
 
 import fastvae
 from fastvae import schedules
 from fastvae.evaluation.objective import Objective, by_dimension
+from fastvae.likelihoods import L1, L2, Gaussian, Huber, Likelihood, LogCosh, Scaled, SmoothL1
 from fastvae.models import VAE
+from fastvae.presets import preset_options
 from fastvae.regularizers import Capacity, FreeBits
 
 from .checkpoint import CHECKPOINT_FILE, load_part, restore
 from .config import TrainConfig
-from .objective_options import loss_options
+from .loss_config import LossConfig
 from .perceptual import lpips_distance
 
 
@@ -65,6 +71,48 @@ def trained_objective(run: Path, model: VAE) -> Objective:
         restore(run / CHECKPOINT_FILE, {"step": 0, "criterion": named}, {"criterion": criterion})
     device = next(model.parameters()).device
     return Objective(model, criterion.to(device), logvar_clamp=options.get("logvar_clamp"))
+
+
+def loss_options(config: LossConfig) -> dict[str, Any]:
+    """The preset's arguments of `VAELoss`, with those that the config gives in their place; what neither has is absent.
+
+    The schedule of beta, free bits and the capacity, which no preset has, are not among them.
+    """
+    options = {} if config.preset is None else preset_options(config.preset)
+    if config.likelihood is not None:
+        options["likelihood"] = likelihood_of(config)
+    for name in ("beta", "recon_weight", "reduction", "recon_reduction", "kl_reduction", "logvar_clamp"):
+        if getattr(config, name) is not None:
+            options[name] = getattr(config, name)
+    return options
+
+
+def likelihood_of(config: LossConfig) -> str | Likelihood:
+    """What `VAELoss` takes for the likelihood that the config names; a learned scale is a parameter of it."""
+    name, number = config.likelihood, config.likelihood_parameter
+    full, softclip = config.likelihood_full, config.likelihood_softclip
+    log_scale = 0.0 if number is None else number
+    width = 1.0 if number is None else number
+    match name:
+        case "huber":
+            return Huber(width)
+        case "smooth_l1":
+            return SmoothL1(width)
+        case "log_cosh":
+            return LogCosh(width)
+        case "l2_logits":
+            return L2(from_logits=True)
+        case "l1_logits":
+            return L1(from_logits=True)
+        case "gaussian":
+            return Gaussian(nn.Parameter(torch.tensor(log_scale)), full=full, softclip=softclip)
+        case "gaussian_fixed":
+            return Gaussian(log_scale, full=full, softclip=softclip)
+        case "gaussian_optimal":
+            return Gaussian("optimal", full=full, softclip=softclip)
+        case "scaled_l1" | "scaled_l2":
+            return Scaled(name.removeprefix("scaled_"), nn.Parameter(torch.tensor(log_scale)))
+    return name or "l2"
 
 
 def _unit(reduction: str, batch_size: int, elements: int) -> float:
