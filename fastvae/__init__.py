@@ -22,11 +22,11 @@ from .noise_state import NoiseState
 from .statistics import LatentStats, latent_stats
 
 if TYPE_CHECKING:
-    from . import data, models, training
+    from . import data, evaluation, models, training
 
 __version__ = "0.1.0"
 
-_LAZY = ("data", "models", "training")  # imported on first access
+_LAZY = ("data", "evaluation", "models", "training")  # imported on first access
 
 __all__ = [
     "DiagonalGaussian",
@@ -37,6 +37,7 @@ __all__ = [
     "VAELossTerms",
     "check_inputs",
     "data",
+    "evaluation",
     "gaussian_kl",
     "integrations",
     "iwae_loss",

@@ -338,8 +338,8 @@ def test_missing_parser_is_one_line_that_names_the_extra():
 
 
 def test_missing_plotting_shows_before_the_training(monkeypatch, images_file, tmp_path, capsys):
-    monkeypatch.delitem(sys.modules, "fastvae.training.pictures", raising=False)
-    monkeypatch.delattr("fastvae.training.pictures", raising=False)
+    monkeypatch.delitem(sys.modules, "fastvae.evaluation.pictures", raising=False)
+    monkeypatch.delattr("fastvae.evaluation.pictures", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
     assert "matplotlib is not installed" in error_of(capsys, "train", "--data", str(images_file))
     assert list(tmp_path.iterdir()) == []

@@ -19,8 +19,8 @@ from fastvae.training import TrainConfig, train
 Image = pytest.importorskip("PIL.Image", reason="training draws with pillow, of the extra [train]")
 pytest.importorskip("matplotlib", reason="training plots with matplotlib, of the extra [train]")
 pytest.importorskip("safetensors", reason="training saves weights with safetensors, of the extra [train]")
-from fastvae.training import pictures  # noqa: E402  needs matplotlib
-from fastvae.training.report import _map  # noqa: E402
+from fastvae.evaluation import pictures  # noqa: E402  needs matplotlib
+from fastvae.evaluation.report import _map  # noqa: E402
 
 EPOCHS = 3
 

@@ -16,6 +16,7 @@ LAYERS = [
     {"__main__"},
     {"cli"},
     {"training", "integrations"},
+    {"evaluation"},
     {"models", "data", "loss", "distributions", "iwae"},
     {"functional", "statistics", "input_checks"},
     {"_batch_terms", "sampling", "presets"},
@@ -23,7 +24,7 @@ LAYERS = [
     {"likelihoods", "regularizers", "schedules", "parametrizations", "noise_state"},
     {"fallback", "fastvae_kernels"},
     {"_seeds"},
-    {"reference", "_checks", "_backend", "_files", "_modules"},
+    {"reference", "_checks", "_backend", "_distributed", "_files", "_modules"},
     {"_strides", "_dtypes", "_numbers"},
     {"types"},
 ]
@@ -102,7 +103,7 @@ def test_wheel_holds_the_two_packages(tmp_path):
         "fastvae/py.typed",
         "fastvae_kernels/py.typed",
         "fastvae/data/fashion_mnist.npz",
-        "fastvae/training/report.html",
+        "fastvae/evaluation/report.html",
     ):
         assert needed in names
     assert any(name.endswith("fashion_mnist.LICENSE") for name in names)
@@ -127,7 +128,7 @@ def test_the_package_shows_its_public_names_only():
     script = """
 import sys, fastvae
 assert sorted(dir(fastvae)) == sorted([*fastvae.__all__, "__version__"])
-modules = {"fastvae.data", "fastvae.models", "fastvae.training"}
+modules = {"fastvae.data", "fastvae.evaluation", "fastvae.models", "fastvae.training"}
 assert not modules & set(sys.modules)
 assert all(hasattr(fastvae, name) for name in fastvae.__all__)
 assert modules <= set(sys.modules)

@@ -15,19 +15,19 @@ from torch.utils.data import TensorDataset
 
 import fastvae
 from fastvae import data
+from fastvae.data import batches
+from fastvae.data.batches import epoch_order, labels_of
+from fastvae.evaluation.elbo import Latents, baseline_nats, evaluate
 from fastvae.models import VAE, VAEConfig
 from fastvae.training import (
     NonFiniteLossError,
     TrainConfig,
     TrainingInterrupted,
-    batches,
     bits_per_dim,
     loop,
     setup,
     train,
 )
-from fastvae.training.batches import epoch_order, labels_of
-from fastvae.training.evaluation import Latents, baseline_nats, evaluate
 from fastvae.training.events import Logged
 from fastvae.training.metrics import FiniteWatch
 from fastvae.training.schedule import learning_rate
@@ -523,7 +523,7 @@ def test_textbook_loss_gives_the_same_loss_curve():
 
 
 def test_grid_places_images_row_by_row(tmp_path):
-    from fastvae.training import pictures  # here: importing it needs the extra
+    from fastvae.evaluation import pictures  # here: importing it needs the extra
 
     images = torch.stack([torch.full((1, 2, 2), value) for value in (0.0, 0.5, 1.0)])
     pictures.save_grid(tmp_path / "grid.png", images, columns=2)
@@ -541,7 +541,7 @@ def test_grid_places_images_row_by_row(tmp_path):
 
 
 def test_grid_of_colour_images_keeps_the_colours(tmp_path):
-    from fastvae.training import pictures  # here: importing it needs the extra
+    from fastvae.evaluation import pictures  # here: importing it needs the extra
 
     red = torch.tensor([200, 10, 0], dtype=torch.uint8).reshape(1, 3, 1, 1).expand(1, 3, 64, 64)
     pictures.save_grid(tmp_path / "red.png", red, columns=1)

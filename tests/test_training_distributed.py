@@ -13,11 +13,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from fastvae._distributed import World
 from fastvae.models import VAE
 from fastvae.training import TrainConfig, TrainingInterrupted, train
 from fastvae.training.checkpoint import load_part
-from fastvae.training.distributed import World, resumed_after_restart
 from fastvae.training.events import Logged
+from fastvae.training.run_folder import resumed_after_restart
 
 for package in ("PIL", "matplotlib", "safetensors"):
     pytest.importorskip(package, reason="training needs the extra [train]")
@@ -63,7 +64,7 @@ CLIPPING = """
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
-from fastvae.training.distributed import world_of
+from fastvae._distributed import world_of
 from fastvae.training.sharding import clip_gradients, whole
 
 with world_of(torch.device("cpu")):

@@ -18,12 +18,13 @@ from torch import nn
 
 import fastvae
 from fastvae import data
+from fastvae.evaluation.elbo import baseline_nats, evaluate
+from fastvae.evaluation.objective import decode_to_images
 from fastvae.models import VAE, VAEConfig
 from fastvae.presets import PRESETS
-from fastvae.training import Objective, RunFolderError, TrainConfig, TrainingInterrupted, setup, train
-from fastvae.training.evaluation import baseline_nats, evaluate
+from fastvae.training import RunFolderError, TrainConfig, TrainingInterrupted, setup, train
 from fastvae.training.events import Logged, Saved
-from fastvae.training.objective import decode_to_images
+from fastvae.training.objective import build_objective
 
 EXTRA = "training needs the extra [train]"
 for package in ("PIL", "matplotlib", "safetensors", "rich"):
@@ -51,7 +52,7 @@ def images_file(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch):
     """They take most of a small run's time."""
-    from fastvae.training import pictures  # here: importing it needs the extra
+    from fastvae.evaluation import pictures  # here: importing it needs the extra
 
     for name in ("save_loss_curve", "save_latent_space"):
         monkeypatch.setattr(pictures, name, lambda path, *args, **kwargs: path)
@@ -77,7 +78,7 @@ def config(images_file, tmp_path):
 def objective_of(config, total_steps=12, seed=0):
     torch.manual_seed(seed)
     model = VAE(VAEConfig(image_size=(6, 6), latent_dim=LATENTS, backbone="mlp", hidden=8))
-    return Objective.of(config, model, batch_size=BATCH, total_steps=total_steps)
+    return build_objective(config, model, batch_size=BATCH, total_steps=total_steps)
 
 
 def metrics_of(run, split="train"):
@@ -331,7 +332,7 @@ def test_averages_are_evaluated_and_exported(config):
 
 @pytest.mark.parametrize("likelihood", ["bernoulli", "bernoulli_probs"])
 def test_pictures_show_probabilities_of_logits(config, monkeypatch, likelihood):
-    from fastvae.training import pictures  # here: importing it needs the extra
+    from fastvae.evaluation import pictures  # here: importing it needs the extra
 
     config = replace(config, likelihood=likelihood)
     drawn, save_grid = {}, pictures.save_grid

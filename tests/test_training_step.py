@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from fastvae import VAELossTerms
+from fastvae._distributed import World
 from fastvae.models import VAE, VAEConfig
 from fastvae.training import TrainConfig
-from fastvae.training.distributed import World
 from fastvae.training.step import accumulated, clip_gradients, noise_seed, shared_batch_size
 
 

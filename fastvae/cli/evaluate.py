@@ -8,11 +8,10 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fastvae.training import Evaluation, Objective
-from fastvae.training.batches import load_batches
-from fastvae.training.density import Density, bits_per_dim_of_bytes, importance_weighted_nats
-from fastvae.training.evaluation import baseline_nats, evaluate
-from fastvae.training.objective import decode_to_images
+from fastvae.data.batches import load_batches
+from fastvae.evaluation.elbo import Evaluation, baseline_nats, evaluate
+from fastvae.evaluation.likelihood_bounds import Density, bits_per_dim_of_bytes, importance_weighted_nats
+from fastvae.evaluation.objective import Objective, decode_to_images
 from fastvae.training.setup import require_fits
 
 from .._files import null_non_finite, write_json
@@ -101,7 +100,7 @@ def likelihood_figures(
 
 def quality_figures(objective: Objective, images: Dataset[Any], batch_size: int) -> dict[str, float | None]:
     """PSNR and SSIM; None where scikit-image is missing."""
-    from fastvae.training.quality import reconstruction_quality
+    from fastvae.evaluation.image_quality import reconstruction_quality
 
     try:
         return reconstruction_quality(objective.model, images, batch_size=batch_size)._asdict()
@@ -126,7 +125,7 @@ def more(figures: dict[str, Any]) -> str:
 
 
 def _draw(path: Path, objective: Objective, images: Dataset[Any], worst: list[int]) -> None:
-    from fastvae.training.pictures import save_reconstructions
+    from fastvae.evaluation.pictures import save_reconstructions
 
     save_reconstructions(path, objective.model, next(iter(load_batches(images, [worst]))))
 

@@ -7,10 +7,11 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from fastvae import data
+from fastvae.evaluation.objective import Objective, decode_to_images
 from fastvae.models import VAE
-from fastvae.training import Objective, TrainConfig
+from fastvae.training import TrainConfig
 from fastvae.training.config import MOST
-from fastvae.training.objective import decode_to_images
+from fastvae.training.objective import trained_objective
 from fastvae.training.run_folder import METRICS_FILE
 from fastvae.training.setup import require_fits, resolve_device
 from fastvae.training.split import Split
@@ -71,7 +72,7 @@ def load_objective(path: Path, device: str) -> Objective:
     run = path if is_run(path) else path.resolve().parent
     if not (run == path or (path.resolve() == run / "model" and (run / METRICS_FILE).is_file())):
         return Objective(model)
-    return Objective.of_run(run, model)
+    return trained_objective(run, model)
 
 
 def is_run(path: Path) -> bool:

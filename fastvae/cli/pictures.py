@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from fastvae.data.batches import spread_images
 from fastvae.models import VAE
-from fastvae.training.batches import spread_images
 from fastvae.training.config import SEEDS
 
 from .inputs import (
@@ -79,7 +79,7 @@ class Interpolate(DataOptions):
 
 def sample(options: Sample) -> int:
     """Write the picture of `fastvae sample`."""
-    from fastvae.training import pictures
+    from fastvae.evaluation import pictures
 
     require_positive("n", options.n)
     require_positive("seed", options.seed, least=0, most=SEEDS - 1)
@@ -90,7 +90,7 @@ def sample(options: Sample) -> int:
 
 def reconstruct(options: Reconstruct) -> int:
     """Write the picture of `fastvae reconstruct`."""
-    from fastvae.training import pictures
+    from fastvae.evaluation import pictures
 
     require_positive("n", options.n)
     model = _model(options, options.n)
@@ -101,7 +101,7 @@ def reconstruct(options: Reconstruct) -> int:
 
 def interpolate(options: Interpolate) -> int:
     """Write the picture of `fastvae interpolate`."""
-    from fastvae.training import pictures
+    from fastvae.evaluation import pictures
 
     require_positive("n", options.n)
     require_positive("steps", options.steps, least=2)

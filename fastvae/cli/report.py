@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
+from fastvae.evaluation.elbo import baseline_nats, evaluate
 from fastvae.training.config import read_run_config
-from fastvae.training.evaluation import baseline_nats, evaluate
 from fastvae.training.run_folder import METRICS_FILE, naming_the_run, read_metrics
 
 from .inputs import ModelOptions, load_images, load_objective
@@ -25,7 +25,7 @@ class Report(ModelOptions):
 
 def run(options: Report) -> int:
     """Write the page and say where it is."""
-    from fastvae.training.report import summarize
+    from fastvae.evaluation.report import summarize
 
     read_run_config(options.model)  # a folder without one is no run
     objective = load_objective(options.model, options.device)

@@ -1,10 +1,12 @@
 """`fastvae train`: the training loop with words around it."""
 
 import sys
+from dataclasses import fields
 
+from fastvae._distributed import is_first_process
 from fastvae.presets import PRESETS
 from fastvae.training import TrainConfig, train
-from fastvae.training.distributed import is_first_process
+from fastvae.training.loss_config import LossConfig
 from fastvae.training.run_folder import METRICS_FILE
 
 from .evaluate import summary
@@ -38,9 +40,7 @@ Examples:
 GROUPS = {
     "data": "data image_size strict validation",
     "model": "backbone latent_dim width hidden latent_channels",
-    "loss": "preset likelihood likelihood_parameter likelihood_full likelihood_softclip perceptual recon_weight "
-    "reduction recon_reduction kl_reduction beta beta_schedule beta_start beta_steps beta_delay beta_cycles beta_ratio "
-    "beta_zero_ratio beta_shape free_bits free_bits_mode capacity capacity_mode capacity_steps logvar_clamp",
+    "loss": " ".join(field.name for field in fields(LossConfig)),
     "optimisation": "epochs batch_size learning_rate warmup_steps weight_decay clip_norm ema seed",
     "logging": "out resume log log_every checkpoint_every",
     "scale": "device precision workers cache channels_last accumulate checkpointing compile shard",

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .evaluation import Evaluation
+from fastvae.evaluation.elbo import Evaluation
 
 
 @dataclass(frozen=True)

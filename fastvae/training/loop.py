@@ -15,21 +15,22 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from fastvae import data
+from fastvae.data.batches import batches_of, epoch_order, load_batches, resident_images, stack_images
+from fastvae.evaluation.elbo import Evaluation, baseline_nats, evaluate, evaluation_mode
+from fastvae.evaluation.objective import Objective, decode_to_images
 from fastvae.models import VAE
 
+from .._distributed import World, own_device, world_of
 from .._files import write_json
-from .batches import batches_of, epoch_order, load_batches, resident_images, stack_images
 from .checkpoint import CHECKPOINT_FILE, load_checkpoint, restore, save_checkpoint
 from .config import CONFIG_FILE, TrainConfig
-from .distributed import World, own_device, resumed_after_restart, world_of
-from .evaluation import Evaluation, baseline_nats, evaluate, evaluation_mode
 from .events import Event, Finished, Saved, Started, Stepped
 from .heap import keep_freed_memory
 from .interruption import TrainingInterrupted, deferred_signals
 from .metrics import FiniteWatch, RunningMean
-from .objective import Objective, decode_to_images
+from .objective import build_objective
 from .recorder import Recorder
-from .run_folder import locked_run_folder, naming_the_run
+from .run_folder import locked_run_folder, naming_the_run, resumed_after_restart
 from .schedule import learning_rate
 from .setup import averaged_over_steps, make_optimizer, model_config, require_memory, resolve_device
 from .split import split_of_run
@@ -85,7 +86,7 @@ def train(
         TrainingInterrupted: a signal came; the run is saved and can be resumed.
     """
     # here: matplotlib is slow to load, and missing it should show before the training, not after
-    from . import pictures, report
+    from fastvae.evaluation import pictures, report
 
     config = resumed_after_restart(config)
     if dataset is None:  # the same files from whatever folder the run is used
@@ -127,7 +128,7 @@ def _train(
     model = VAE(model_config(config, shape)).to(device)
     if config.channels_last and not sharded:  # FSDP2 takes contiguous weights only
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    objective = Objective.of(config, model, batch_size=batch_size, total_steps=total_steps).to(device)
+    objective = build_objective(config, model, batch_size=batch_size, total_steps=total_steps).to(device)
     baseline = baseline_nats(train_set, validation_set, objective.likelihood, workers=config.workers)
     averaged = averaged_over_steps(objective, config.ema, sharded=sharded) if config.ema else None
     result = best = cast(Objective, averaged.module) if averaged else objective  # best: to evaluate, draw and export

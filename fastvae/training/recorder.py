@@ -5,9 +5,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from fastvae.evaluation.elbo import bits_per_dim
+
 from .config import TrainConfig
 from .events import Event, Logged
-from .metrics import bits_per_dim
 from .run_folder import METRICS_FILE, MetricsFile, naming_the_run
 
 

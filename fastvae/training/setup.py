@@ -7,10 +7,10 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
 from fastvae import _backend
+from fastvae.evaluation.objective import Objective
 from fastvae.models import VAE, VAEConfig
 
 from .config import TrainConfig
-from .objective import Objective
 
 
 def resolve_device(name: str) -> torch.device:

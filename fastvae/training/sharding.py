@@ -16,9 +16,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from fastvae.evaluation.objective import Objective
+
+from .._distributed import World
 from .checkpoint import SHARDS, file_digest
-from .distributed import World
-from .objective import Objective
 
 Keys = tuple[str | int, ...]  # keys through nested dictionaries
 

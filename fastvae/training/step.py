@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from fastvae import VAELossTerms
+from fastvae.evaluation.objective import Objective
 
+from .._distributed import World
 from .config import TrainConfig
-from .distributed import World
-from .objective import Objective
 
 
 def accumulated(

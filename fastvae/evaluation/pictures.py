@@ -17,8 +17,8 @@ from torch.utils.data import Dataset
 from fastvae.models import VAE
 
 from .._files import write_bytes
-from .batches import labels_of, spread_images
-from .evaluation import Latents, as_unit_interval
+from ..data.batches import labels_of, spread_images
+from .elbo import Latents, as_unit_interval
 
 GAP = 2  # pixels between two images of a grid
 SMALLEST_TILE = 56  # images below this size are enlarged by a whole factor

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from fastvae.data import ArrayImages
+from .dataset import ArrayImages
 
 
 def epoch_order(n_images: int, batch_size: int, *, seed: int, epoch: int) -> list[list[int]]:

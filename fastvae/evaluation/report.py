@@ -13,10 +13,9 @@ from torch.utils.data import Dataset
 
 from fastvae.models import VAE
 
-from .._files import dump_json, null_non_finite, write_bytes, write_json
-from .batches import labels_of, load_batches, spread
-from .config import read_run_config
-from .evaluation import Latents, Scores, as_unit_interval
+from .._files import CONFIG_FILE, dump_json, null_non_finite, read_json_object, write_bytes, write_json
+from ..data.batches import labels_of, load_batches, spread
+from .elbo import Latents, Scores, as_unit_interval
 from .objective import Objective, decode_to_images
 from .pictures import MOST_BARS, ORIGINALS, PROGRESS, TRAVERSAL_REACH, grid_png, principal_plane, save_all, traversals
 
@@ -71,7 +70,7 @@ def summarize(
             **_progress(run),
             **_dimensions(objective.model, latents),
             "map": _map(latents, validation),
-            "config": read_run_config(run),
+            "config": read_json_object(run / CONFIG_FILE),
         }
     # in a script element only its end tag is special
     content = dump_json(null_non_finite(page)).replace("</", "<\\/")

@@ -3,16 +3,13 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-
-from .checkpoint import CHECKPOINT_FILE
-from .config import CONFIG_FILE, TrainConfig
 
 NOT_TORCHRUN = "Start several processes with torchrun; for a single one, unset WORLD_SIZE."
 
@@ -180,20 +177,3 @@ def own_device(device: torch.device) -> torch.device:
     if not (dist.is_available() and dist.is_initialized()) and not is_started_by_torchrun():
         return device
     return torch.device(device.type, _number("LOCAL_RANK", 0))
-
-
-def resumed_after_restart(config: TrainConfig) -> TrainConfig:
-    """The config, set to go on with its run if torchrun has started the processes anew.
-
-    Raises:
-        ValueError: the run's folder has no name that a restart can know.
-    """
-    if restarts() == 0 or config.resume is not None:
-        return config
-    if config.out is None:
-        raise ValueError("the processes were started anew and do not know their run folder. Pass --out.")
-    if not (config.out / CONFIG_FILE).exists():
-        return config
-    if not (config.out / CHECKPOINT_FILE).exists():  # it fell before its first checkpoint, and starts again in place
-        return replace(config, resume=config.out)
-    return replace(TrainConfig.from_run(config.out), device=config.device, workers=config.workers)
