@@ -113,9 +113,11 @@ def pixels(path):
         return np.asarray(picture)
 
 
-def grid_shape(path, tile=58, gap=2):
-    """(rows, columns) of a grid of small images."""
-    return tuple((side - gap) / tile for side in pixels(path).shape[:2])
+def grid_shape(path, tile=58, gap=2, title=22):
+    """(rows, columns) of a grid of small images below a title."""
+    images = pixels(path)[title:]
+    columns = np.flatnonzero((images < 255).any(axis=0))  # a long title is wider than a few images
+    return (len(images) - gap) / tile, (columns[-1] + 1) / tile
 
 
 def test_sample_follows_the_seed(run):
@@ -132,7 +134,7 @@ def test_reconstruct_shows_every_image(run, images_file):
     arguments = ["--model", str(run / "model"), "--data", str(images_file), "--n", "12", "--out", "twelve.png"]
     assert main(["reconstruct", *arguments]) == 0
     assert grid_shape("twelve.png") == (4, 10)
-    last_rows = pixels("twelve.png")[118:]
+    last_rows = pixels("twelve.png")[22 + 118 :]
     assert last_rows[:, : 2 * 58].min() < 255
     assert last_rows[:, 2 * 58 + 2 :].min() == 255
 
@@ -141,8 +143,13 @@ def test_interpolate_both_ways(run):
     options = ["--model", str(run), "--n", "2", "--steps", "5"]
     assert main(["interpolate", *options]) == 0
     assert main(["interpolate", *options, "--mode", "linear", "--out", "linear.png"]) == 0
-    assert grid_shape("interpolations.png") == grid_shape("linear.png") == (2, 5)
-    assert not np.array_equal(pixels("linear.png"), pixels("interpolations.png"))
+    assert grid_shape("interpolations.png") == grid_shape("linear.png") == (2, 1 + 5 + 1)
+    spherical, linear = (pixels(name)[22:] for name in ("interpolations.png", "linear.png"))
+    assert not np.array_equal(linear, spherical)
+    images, *_ = inputs.load_images(run, inputs.load_model(run, "cpu"), None)
+    for row, column, index in ((0, 0, 0), (1, 0, 1), (0, 6, 2), (1, 6, 3)):  # the originals at both ends
+        tile = spherical[2 + 58 * row :][:56, 2 + 58 * column :][:, :56]
+        assert np.array_equal(tile[::7, ::7], images[index][0].numpy())
 
 
 @pytest.mark.parametrize("command", ["sample", "reconstruct", "interpolate", "evaluate"])
@@ -338,8 +345,9 @@ def test_missing_parser_is_one_line_that_names_the_extra():
 
 
 def test_missing_plotting_shows_before_the_training(monkeypatch, images_file, tmp_path, capsys):
-    monkeypatch.delitem(sys.modules, "fastvae.evaluation.pictures", raising=False)
-    monkeypatch.delattr("fastvae.evaluation.pictures", raising=False)
+    for name in ("plots", "report"):
+        monkeypatch.delitem(sys.modules, f"fastvae.evaluation.{name}", raising=False)
+        monkeypatch.delattr(f"fastvae.evaluation.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
     assert "matplotlib is not installed" in error_of(capsys, "train", "--data", str(images_file))
     assert list(tmp_path.iterdir()) == []

@@ -2,6 +2,7 @@
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,11 @@ class ImageDataset(Dataset[Tensor], ABC):
 
     Attributes:
         shape: (C, H, W) of every image; C is 1 (grey) or 3 (RGB).
+        class_names: Names of the labels 0, 1, ..., for pictures; None if there are none.
     """
 
     shape: tuple[int, int, int]
+    class_names: Sequence[str] | None = None
 
     @abstractmethod
     def __len__(self) -> int: ...
