@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from fastvae import data
+from fastvae.cli.malloc import keep_freed_memory
 from fastvae.models import VAE
 from fastvae.training import TrainConfig, train
 from fastvae.training.events import Event, Logged
