@@ -67,8 +67,8 @@ def test_train_resumes_with_the_options_of_the_run(run, capsys):
     before = (run / "metrics.jsonl").read_text()
     assert main(["train", "--resume", str(run)]) == 0
     assert (run / "metrics.jsonl").read_text() == before
-    error = error_of(capsys, "train", "--resume", str(run), "--epochs", "20")
-    assert "epochs was 2, now 20" in error
+    error = error_of(capsys, "train", "--resume", str(run), "--learning-rate", "1")
+    assert "learning_rate was 0.002, now 1.0" in error
     assert "batch_size" not in error
 
 

@@ -10,6 +10,7 @@ from fastvae.training.loss_config import LossConfig
 from fastvae.training.run_folder import METRICS_FILE
 
 from .evaluate import summary
+from .malloc import keep_freed_memory
 from .output import Output
 from .progress import reporter
 
@@ -42,7 +43,7 @@ GROUPS = {
     "model": "backbone latent_dim width hidden latent_channels",
     "loss": " ".join(field.name for field in fields(LossConfig)),
     "optimisation": "epochs batch_size learning_rate warmup_steps weight_decay clip_norm ema seed",
-    "logging": "out resume log log_every checkpoint_every",
+    "run and logging": "out resume init_from log log_every checkpoint_every",
     "scale": "device precision workers cache channels_last accumulate checkpointing compile shard",
 }
 
@@ -58,6 +59,7 @@ WORDS = {
 
 def run(config: TrainConfig) -> int:
     """Train, report progress, and say where the results are."""
+    keep_freed_memory()
     if not is_first_process():
         train(config)
         return 0

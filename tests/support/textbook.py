@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from fastvae import data
+from fastvae.cli.malloc import keep_freed_memory
 from fastvae.models import VAE
 from fastvae.training import TrainConfig, train
 from fastvae.training.events import Event, Logged
@@ -140,6 +141,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=20)
     config = TrainConfig(epochs=parser.parse_args().epochs, device="cpu", log_every=BLOCK)
+    keep_freed_memory()  # as `fastvae train` does
     found = compare(config)
     print(f"validation negative ELBO: fastvae {found.nats:.2f}, textbook {found.textbook_nats:.2f} nats/image")
     print(f"a step takes {found.step_ratio:.3f} times as long as the textbook's, loading included in both")
