@@ -122,7 +122,8 @@ class Compared(NamedTuple):
 
 
 def compare(config: TrainConfig) -> Compared:
-    """Train both."""
+    """Train both, with glibc's malloc set as `fastvae train` sets it."""
+    keep_freed_memory()
     turns = InTurns(config)
     with tempfile.TemporaryDirectory() as folder:
         nats = train(replace(config, out=Path(folder) / "run"), on_event=turns).evaluation.nats
