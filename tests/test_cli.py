@@ -3,6 +3,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -128,10 +129,16 @@ def test_sample_follows_the_seed(run):
     assert not np.array_equal(pixels("a.png"), pixels("samples.png"))
 
 
-def test_reconstruct_shows_every_image(run, images_file):
+@pytest.fixture
+def exported(run, tmp_path):
+    """The model alone, away from its run."""
+    return shutil.copytree(run / "model", tmp_path / "exported")
+
+
+def test_reconstruct_shows_every_image(run, exported, images_file):
     assert main(["reconstruct", "--model", str(run), "--n", "4"]) == 0
     assert grid_shape("reconstructions.png") == (2, 4)
-    arguments = ["--model", str(run / "model"), "--data", str(images_file), "--n", "12", "--out", "twelve.png"]
+    arguments = ["--model", str(exported), "--data", str(images_file), "--n", "12", "--out", "twelve.png"]
     assert main(["reconstruct", *arguments]) == 0
     assert grid_shape("twelve.png") == (4, 10)
     last_rows = pixels("twelve.png")[22 + 118 :]
@@ -158,15 +165,21 @@ def test_a_missing_model_is_said_before_an_existing_file(command, tmp_path, caps
     assert "no model: nowhere" in error_of(capsys, command, "--model", "nowhere", "--out", "mine")
 
 
-def test_evaluate_agrees_with_the_training(run, images_file, tmp_path, capsys):
+def test_evaluate_agrees_with_the_training(run, exported, images_file, tmp_path, capsys):
     assert main(["evaluate", "--model", str(run)]) == 0
     figures = json.loads((tmp_path / "evaluation.json").read_text())
     at_end_of_training = json.loads((run / "evaluation.json").read_text())
     assert {name: figures[name] for name in at_end_of_training} == at_end_of_training
     assert f"{figures['nats']:.2f} nats/image" in capsys.readouterr().out
 
-    assert main(["evaluate", "--model", str(run / "model"), "--data", str(images_file), "--out", "all.json"]) == 0
+    assert main(["evaluate", "--model", str(exported), "--data", str(images_file), "--out", "all.json"]) == 0
     assert (figures["images"], json.loads((tmp_path / "all.json").read_text())["images"]) == (4, 40)
+    for weights in ("model", "best"):  # of the run too: with its validation images
+        assert main(["evaluate", "--model", str(run / weights), "--out", f"{weights}.json"]) == 0
+    last, best = (json.loads((tmp_path / f"{weights}.json").read_text()) for weights in ("model", "best"))
+    assert {name: last[name] for name in at_end_of_training} == at_end_of_training
+    assert best["images"] == 4
+    assert best["nats"] <= last["nats"]
 
 
 def test_evaluate_bounds_the_likelihood_and_shows_outliers(run, tmp_path, capsys):
@@ -255,8 +268,8 @@ def test_mistakes_are_one_line_and_status_2(arguments, message, tmp_path, capsys
     assert list(tmp_path.iterdir()) == []
 
 
-def test_mistakes_about_a_model_are_one_line_and_status_2(run, images_file, tmp_path, capsys):
-    assert "Pass --data" in error_of(capsys, "reconstruct", "--model", str(run / "model"))
+def test_mistakes_about_a_model_are_one_line_and_status_2(run, exported, images_file, tmp_path, capsys):
+    assert "Pass --data" in error_of(capsys, "reconstruct", "--model", str(exported))
     assert "--n must be at least 1" in error_of(capsys, "sample", "--model", str(run), "--n", "0")
     assert "--steps must be at least 2" in error_of(capsys, "interpolate", "--model", str(run), "--steps", "1")
     np.save("colour.npy", np.zeros((4, 8, 8, 3), dtype=np.uint8))

@@ -82,7 +82,7 @@ def train(
         NonFiniteLossError: the loss or its gradient was not finite; the last good checkpoint is kept.
         TrainingInterrupted: a signal came; the run is saved and can be resumed.
     """
-    from fastvae.evaluation import pictures  # noqa: F401, slow to load; what it lacks should show before the training
+    from fastvae.evaluation import report  # noqa: F401, slow to load; what it lacks should show before the training
 
     config = resumed_after_restart(config)
     source = ""

@@ -122,7 +122,8 @@ class Compared(NamedTuple):
 
 
 def compare(config: TrainConfig) -> Compared:
-    """Train both."""
+    """Train both, with glibc's malloc set as `fastvae train` sets it."""
+    keep_freed_memory()
     turns = InTurns(config)
     with tempfile.TemporaryDirectory() as folder:
         nats = train(replace(config, out=Path(folder) / "run"), on_event=turns).evaluation.nats
@@ -141,7 +142,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=20)
     config = TrainConfig(epochs=parser.parse_args().epochs, device="cpu", log_every=BLOCK)
-    keep_freed_memory()  # as `fastvae train` does
     found = compare(config)
     print(f"validation negative ELBO: fastvae {found.nats:.2f}, textbook {found.textbook_nats:.2f} nats/image")
     print(f"a step takes {found.step_ratio:.3f} times as long as the textbook's, loading included in both")
