@@ -23,6 +23,8 @@ class Started:
     """Validation nats per image of the latent-free baseline."""
     skipped: dict[str, str] = field(default_factory=dict)
     """Why each damaged or unsupported file or folder was left out, as in skipped.json of the run folder."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """The options, as in config.json of the run folder."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,15 @@ class Logged:
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """A picture of the progress was written."""
+
+    step: int
+    name: str
+    path: Path
+
+
+@dataclass(frozen=True)
 class Saved:
     """A checkpoint was written."""
 
@@ -58,4 +69,4 @@ class Finished:
     pictures: list[Path]
 
 
-Event = Started | Stepped | Logged | Saved | Finished
+Event = Started | Stepped | Logged | Drawn | Saved | Finished

@@ -23,8 +23,9 @@ from .._distributed import World, own_device, world_of
 from .._files import write_json
 from .checkpoint import BEST, CHECKPOINT_FILE, LAST, load_checkpoint, save_checkpoint
 from .config import CONFIG_FILE, TrainConfig
-from .events import Event, Finished, Saved, Started, Stepped
+from .events import Drawn, Event, Finished, Saved, Started, Stepped
 from .interruption import TrainingInterrupted, deferred_signals
+from .loggers import notifier
 from .metrics import FiniteWatch
 from .recorder import Recorder
 from .run_folder import locked_run_folder, resumed_after_restart, wrap_io_errors
@@ -97,7 +98,9 @@ def train(
         if dataset is None:
             dataset = data.load(config.data, image_size=config.image_size, strict=config.strict)
         split = world.broadcast(split_of_run(run, config, dataset, source) if world.is_first else None)
-        notify = on_event if on_event is not None and world.is_first else lambda event: None
+        notify: Callable[[Event], None] = lambda event: None  # noqa: E731
+        if world.is_first:
+            notify = stack.enter_context(notifier(config, run, on_event))
         trainer = Trainer(config, run, dataset, split, device, world, notify)
         trainer.resume()
         trainer.start()
@@ -160,7 +163,7 @@ class Trainer:
             done = -(-step // self.steps_per_epoch)
             raise ValueError(f"epochs must be at least {done}, which {self.run} has begun; got {self.config.epochs}.")
         counts = {"step": step, "steps_per_epoch": self.steps_per_epoch, "dimensions": math.prod(self.shape)}
-        self.recorder = Recorder(self.run, self.config, self.notify, **counts, writes=self.world.is_first)
+        self.recorder = Recorder(self.run, self.notify, **counts, writes=self.world.is_first)
         best = self.run / BEST
         self.best = float(saving.read_training(best)["loss"]) if best.exists() else math.inf
 
@@ -174,13 +177,13 @@ class Trainer:
                     write_json(self.run / "skipped.json", self.skipped)
         parameters = sum(p.numel() for p in self.state.objective.parameters())
         sizes = len(self.train_set), len(self.validation_set), parameters, self.state.step, self.total_steps
-        self.notify(Started(self.run, str(self.device), *sizes, self.baseline, self.skipped))
+        self.notify(Started(self.run, str(self.device), *sizes, self.baseline, self.skipped, self.config.to_json()))
 
     def fit(self) -> None:
         """Train to the last step; validate after each epoch, and save from time to time and when a signal comes."""
         config, state = self.config, self.state
         resident = resident_images(self.train_set, self.device, config.cache, workers=config.workers)
-        with deferred_signals() as pending, self.recorder:
+        with deferred_signals() as pending:
             while state.step < self.total_steps:
                 self.logged_at, self.logged_step = time.perf_counter(), state.step
                 for batch in self.rest_of_epoch(resident):
@@ -238,7 +241,8 @@ class Trainer:
                 self.state.export(self.run / BEST, loss=loss)
             if pictures.is_in_progress(epoch, self.config.epochs):
                 with decode_to_images(objective), evaluation_mode(objective):
-                    pictures.save_progress(self.run, objective.model, self.validation_set, epoch)
+                    path = pictures.save_progress(self.run, objective.model, self.validation_set, epoch)
+                self.notify(Drawn(step, "progress", path))
 
     def save(self) -> None:
         """Write the checkpoint and the exported weights."""
