@@ -1,7 +1,7 @@
 """Checks of one or two arguments, whatever they are for; see `_checks`."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -18,13 +18,21 @@ def names(dtypes: Iterable[torch.dtype]) -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
-def choice(name: str, value: object, known: Iterable[str]) -> None:
+def choice(name: str, value: object, known: Iterable[str], synonyms: Mapping[str, str] = {}) -> None:
+    """Check that value is one of the known names; `synonyms` says in code what to pass for other names."""
     known = list(known)
     if value in known:
         return
-    close = difflib.get_close_matches(str(value), known, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
+    word = str(value).lower()
+    close = difflib.get_close_matches(word, known, n=1)
+    meant = synonyms.get(word) or (repr(close[0]) if close else None)
+    hint = f" Did you mean {meant}?" if meant else ""
     raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}.{hint}")
+
+
+def kind(value: object) -> str:
+    """What a caller passed, in an error about its type."""
+    return f"the class {value.__name__}, not an object of it" if isinstance(value, type) else type(value).__name__
 
 
 def float_tensor(name: str, tensor: Any, *, also: tuple[torch.dtype, ...] = ()) -> None:

@@ -3,6 +3,7 @@
 A tensor may be given as its `TensorMeta`. No check reads a tensor's values, so none waits for a device.
 """
 
+import difflib
 import math
 from numbers import Real
 from typing import Any
@@ -20,6 +21,7 @@ from ._argument_checks import fail as fail
 from ._argument_checks import float_tensor as float_tensor
 from ._argument_checks import gaussian as gaussian
 from ._argument_checks import halves as halves
+from ._argument_checks import kind as kind
 from ._argument_checks import names
 from ._argument_checks import same_device as same_device
 from ._argument_checks import same_shape as same_shape
@@ -27,6 +29,7 @@ from ._dtypes import in_dtype
 from ._strides import is_dense
 
 REDUCTIONS = ("batchmean", "sum", "mean", "none")
+SCHEDULES = ("Linear", "Cosine", "Sigmoid", "Cyclical")
 
 
 def reduction(value: str) -> str:
@@ -247,7 +250,12 @@ def weight(name: str, value: Any) -> float | Tensor:
             )
         return value
     if type(value) is not float and (isinstance(value, bool) or not isinstance(value, int | float | Real)):
-        raise TypeError(f"{name} must be a float or a 0-dimensional tensor; got {type(value).__name__}.")
+        hint = ""
+        if name == "beta":
+            (schedule, *_) = [*difflib.get_close_matches(str(value).title(), SCHEDULES, n=1), "Linear"]
+            call = f"fastvae.schedules.{schedule}(0.0, 1.0, steps)"
+            hint = f" For a schedule, use VAELoss(beta={call}), or pass its .value to a function."
+        raise TypeError(f"{name} must be a float or a 0-dimensional tensor; got {kind(value)}.{hint}")
     number = _numbers.number(name, value)
     if not number >= 0:
         fail(f"{name} must be 0 or more; got {value!r}. To subtract a term, negate the result instead.")
@@ -255,11 +263,11 @@ def weight(name: str, value: Any) -> float | Tensor:
 
 
 def regularizers(free_bits: Any, free_bits_type: type, capacity: Any, capacity_type: type) -> None:
-    for name, value, kind in (("free_bits", free_bits, free_bits_type), ("capacity", capacity, capacity_type)):
-        if value is not None and not isinstance(value, kind):
+    for name, value, cls in (("free_bits", free_bits, free_bits_type), ("capacity", capacity, capacity_type)):
+        if value is not None and not isinstance(value, cls):
             raise TypeError(
-                f"{name} must be None or a {kind.__module__}.{kind.__name__}; got {type(value).__name__}. "
-                f"For example {kind.__name__}(0.5)."
+                f"{name} must be None or a {cls.__module__}.{cls.__name__}; got {kind(value)}. "
+                f"For example {cls.__name__}(0.5)."
             )
 
 

@@ -141,6 +141,17 @@ class Scaled(_WithScale):
 
 Likelihood = Elementwise | Gaussian | Scaled
 
+# names of other libraries
+SYNONYMS = {
+    "mse": "'l2'",
+    "mae": "'l1'",
+    "bce": "'bernoulli' for logits, or 'bernoulli_probs' for probabilities",
+    "bce_with_logits": "'bernoulli'",
+    "gaussian": "fastvae.likelihoods.Gaussian(logvar), or 'l2' for a variance of 1/2 without its constant",
+    "laplace": "fastvae.likelihoods.Scaled('l1', log_scale), or 'l1' for a scale of 1 without its constant",
+    "scaled": "fastvae.likelihoods.Scaled('l2', log_scale)",
+}
+SYNONYMS["normal"] = SYNONYMS["gaussian"]
 SPECS = {name: likelihood.spec for name, likelihood in NAMED.items()}
 _NAMES = {spec: name for name, spec in reversed(SPECS.items())}
 
@@ -190,11 +201,11 @@ def resolve(likelihood: str | Likelihood) -> Likelihood:
         ValueError: unknown name. TypeError: something else.
     """
     if isinstance(likelihood, str):
-        _checks.choice("likelihood", likelihood, NAMED)
+        _checks.choice("likelihood", likelihood, NAMED, SYNONYMS)
         return NAMED[likelihood]
     if not isinstance(likelihood, Elementwise | _WithScale):
         raise TypeError(
-            f"likelihood must be a name or an object of fastvae.likelihoods; got {type(likelihood).__name__}. "
+            f"likelihood must be a name or an object of fastvae.likelihoods; got {_checks.kind(likelihood)}. "
             f"Names are {', '.join(map(repr, NAMED))}."
         )
     return likelihood

@@ -9,10 +9,10 @@ from torch.distributions import MultivariateNormal
 
 import fastvae
 from fastvae import data
+from fastvae.evaluation.likelihood_bounds import Density, bits_per_dim_of_bytes, importance_weighted_nats
 from fastvae.likelihoods import L1, L2, Gaussian, Huber, LogCosh, Scaled, SmoothL1
 from fastvae.models import VAE, VAEConfig
 from fastvae.training import Objective
-from fastvae.training.density import Density, bits_per_dim_of_bytes, importance_weighted_nats
 
 N_LATENTS, SIDE = 3, 4
 

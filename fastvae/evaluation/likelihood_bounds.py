@@ -10,9 +10,8 @@ from torch.utils.data import Dataset
 import fastvae
 from fastvae.likelihoods import Bernoulli, BernoulliProbs, Gaussian, Likelihood, Scaled
 
-from .batches import all_batches
-from .evaluation import EVALUATION_SEED, evaluation_mode, of_means
-from .metrics import bits_per_dim
+from ..data.batches import all_batches
+from .elbo import EVALUATION_SEED, bits_per_dim, evaluation_mode, of_means
 from .objective import Objective
 
 # of the integral over distances, scale * sinh(u), whose steps grow with the distance
