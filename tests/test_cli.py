@@ -30,7 +30,10 @@ progress = pytest.importorskip("fastvae.cli.progress", reason=EXTRA)
 def run(images_file, tmp_path_factory):
     """The run folder of a tiny `fastvae train`."""
     out = tmp_path_factory.mktemp("cli") / "run"
-    assert main(["train", "--data", str(images_file), "--out", str(out), "--epochs", "2", *TINY]) == 0
+    assert (
+        main(["train", "--data", str(images_file), "--out", str(out), "--epochs", "2", "--likelihood", "l2", *TINY])
+        == 0
+    )
     return out
 
 

@@ -63,6 +63,9 @@ def config(images_file, tmp_path):
         out=tmp_path / "run",
         epochs=3,
         batch_size=8,
+        likelihood="l2",
+        ema=0,
+        learning_rate=2e-3,
         backbone="mlp",
         hidden=16,
         latent_dim=4,
@@ -77,6 +80,7 @@ def whole_run(images_file, tmp_path_factory):
     """An uninterrupted run with the options of `config`."""
     out = tmp_path_factory.mktemp("whole") / "run"
     options = {"epochs": 3, "batch_size": 8, "backbone": "mlp", "hidden": 16, "latent_dim": 4, "device": "cpu"}
+    options |= {"likelihood": "l2", "ema": 0, "learning_rate": 2e-3}
     return train(TrainConfig(data=str(images_file), out=out, log_every=4, checkpoint_every=5, **options)).run
 
 
