@@ -29,7 +29,7 @@ class World:
         """Whether this process writes files and reports."""
         return self.rank == 0
 
-    def part(self, n: int) -> range:
+    def shard_range(self, n: int) -> range:
         """This process's share of n things in a row; shares differ by one at most."""
         return range(self.rank * n // self.size, (self.rank + 1) * n // self.size)
 
@@ -39,7 +39,7 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
-    def joined(self, tensor: Tensor) -> Tensor:
+    def all_gather(self, tensor: Tensor) -> Tensor:
         """The CPU tensors of all processes, one after the other."""
         if self.size == 1:
             return tensor
@@ -47,15 +47,7 @@ class World:
         dist.all_gather_object(parts, tensor)
         return torch.cat(parts)
 
-    def gathered(self, entries: dict[str, Any]) -> dict[str, Any]:
-        """The entries of all processes."""
-        if self.size == 1:
-            return entries
-        parts: list[Any] = [None] * self.size
-        dist.all_gather_object(parts, entries)
-        return {name: value for part in parts for name, value in part.items()}
-
-    def largest(self, number: int) -> int:
+    def all_reduce_max(self, number: int) -> int:
         """The largest of the processes' numbers, which no GPU has to wait for."""
         if self.size == 1:
             return number
@@ -63,7 +55,7 @@ class World:
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
         return int(found)
 
-    def from_first(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """What the first process has."""
         if self.size == 1:
             return value

@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -64,8 +65,8 @@ def test_train_resumes_with_the_options_of_the_run(run, capsys):
     before = (run / "metrics.jsonl").read_text()
     assert main(["train", "--resume", str(run)]) == 0
     assert (run / "metrics.jsonl").read_text() == before
-    error = error_of(capsys, "train", "--resume", str(run), "--epochs", "20")
-    assert "epochs was 2, now 20" in error
+    error = error_of(capsys, "train", "--resume", str(run), "--learning-rate", "1")
+    assert "learning_rate was 0.004, now 1.0" in error
     assert "batch_size" not in error
 
 
@@ -108,10 +109,16 @@ def test_sample_follows_the_seed(run):
     assert not np.array_equal(pixels("a.png"), pixels("samples.png"))
 
 
-def test_reconstruct_shows_every_image(run, images_file):
+@pytest.fixture
+def exported(run, tmp_path):
+    """The model alone, away from its run."""
+    return shutil.copytree(run / "model", tmp_path / "exported")
+
+
+def test_reconstruct_shows_every_image(run, exported, images_file):
     assert main(["reconstruct", "--model", str(run), "--n", "4"]) == 0
     assert grid_shape("reconstructions.png") == (2, 4)
-    arguments = ["--model", str(run / "model"), "--data", str(images_file), "--n", "12", "--out", "twelve.png"]
+    arguments = ["--model", str(exported), "--data", str(images_file), "--n", "12", "--out", "twelve.png"]
     assert main(["reconstruct", *arguments]) == 0
     assert grid_shape("twelve.png") == (4, 10)
     last_rows = pixels("twelve.png")[118:]
@@ -127,15 +134,21 @@ def test_interpolate_both_ways(run):
     assert not np.array_equal(pixels("linear.png"), pixels("interpolations.png"))
 
 
-def test_evaluate_agrees_with_the_training(run, images_file, tmp_path, capsys):
+def test_evaluate_agrees_with_the_training(run, exported, images_file, tmp_path, capsys):
     assert main(["evaluate", "--model", str(run)]) == 0
     figures = json.loads((tmp_path / "evaluation.json").read_text())
     at_end_of_training = json.loads((run / "evaluation.json").read_text())
     assert {name: figures[name] for name in at_end_of_training} == at_end_of_training
     assert f"{figures['nats']:.2f} nats/image" in capsys.readouterr().out
 
-    assert main(["evaluate", "--model", str(run / "model"), "--data", str(images_file), "--out", "all.json"]) == 0
+    assert main(["evaluate", "--model", str(exported), "--data", str(images_file), "--out", "all.json"]) == 0
     assert (figures["images"], json.loads((tmp_path / "all.json").read_text())["images"]) == (4, 40)
+    for weights in ("model", "best"):  # of the run too: with its validation images
+        assert main(["evaluate", "--model", str(run / weights), "--out", f"{weights}.json"]) == 0
+    last, best = (json.loads((tmp_path / f"{weights}.json").read_text()) for weights in ("model", "best"))
+    assert {name: last[name] for name in at_end_of_training} == at_end_of_training
+    assert best["images"] == 4
+    assert best["nats"] <= last["nats"]
 
 
 def test_evaluate_bounds_the_likelihood_and_shows_outliers(run, tmp_path, capsys):
@@ -224,8 +237,8 @@ def test_mistakes_are_one_line_and_status_2(arguments, message, tmp_path, capsys
     assert list(tmp_path.iterdir()) == []
 
 
-def test_mistakes_about_a_model_are_one_line_and_status_2(run, images_file, tmp_path, capsys):
-    assert "Pass --data" in error_of(capsys, "reconstruct", "--model", str(run / "model"))
+def test_mistakes_about_a_model_are_one_line_and_status_2(run, exported, images_file, tmp_path, capsys):
+    assert "Pass --data" in error_of(capsys, "reconstruct", "--model", str(exported))
     assert "--n must be at least 1" in error_of(capsys, "sample", "--model", str(run), "--n", "0")
     assert "--steps must be at least 2" in error_of(capsys, "interpolate", "--model", str(run), "--steps", "1")
     np.save("colour.npy", np.zeros((4, 8, 8, 3), dtype=np.uint8))

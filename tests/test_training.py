@@ -119,6 +119,7 @@ def stop_at(step, number):
 def test_run_folder_is_complete(whole_run):
     assert sorted(path.name for path in whole_run.iterdir()) == sorted(
         [
+            "best",
             "config.json",
             "metrics.jsonl",
             "checkpoint.pt",
@@ -147,8 +148,8 @@ def test_run_folder_is_complete(whole_run):
 
 def test_saved_model_is_the_trained_one(whole_run):
     model = VAE.from_pretrained(whole_run / "model")
-    for name, tensor in state_of(whole_run)["model"].items():
-        assert torch.equal(model.state_dict()[name], tensor)
+    for name, tensor in state_of(whole_run)["objective"].items():
+        assert torch.equal(model.state_dict()[name.removeprefix("model.")], tensor)
 
 
 @pytest.mark.parametrize(
@@ -246,9 +247,7 @@ def test_loading_in_other_processes_changes_nothing(config, whole_run):
 
 def test_another_seed_gives_other_weights_on_the_same_images(config, whole_run):
     train(replace(config, seed=1))
-    assert not torch.equal(
-        state_of(config.out)["model"]["encoder.1.weight"], state_of(whole_run)["model"]["encoder.1.weight"]
-    )
+    assert not torch.equal(*(state_of(run)["objective"]["model.encoder.1.weight"] for run in (config.out, whole_run)))
     ours, theirs = (json.loads((run / "evaluation.json").read_text()) for run in (config.out, whole_run))
     assert ours["baseline"] == theirs["baseline"]
 
@@ -257,16 +256,16 @@ def test_resume_refuses_other_options_and_names_them(config):
     with pytest.raises(TrainingInterrupted):
         train(config, on_event=stop_at(4, signal.SIGTERM))
     before = (config.out / "checkpoint.pt").read_bytes()
-    other = replace(config, out=None, resume=config.out, learning_rate=0.5, epochs=9, log_every=1)
-    with pytest.raises(ValueError, match=r"epochs was 3, now 9; learning_rate was 0.002, now 0.5\.") as caught:
+    other = replace(config, out=None, resume=config.out, learning_rate=0.5, ema=0.9, log_every=1)
+    with pytest.raises(ValueError, match=r"learning_rate was 0.002, now 0.5; ema was 0.0, now 0.9\.") as caught:
         train(other)
     assert "log_every" not in str(caught.value)
     with pytest.raises(ValueError, match=r"stays in its folder"):
         train(replace(config, resume=config.out, out=config.out.parent / "elsewhere"))
     # a config.json that was edited to match does not help: the checkpoint knows
-    (config.out / "config.json").write_text(json.dumps(replace(other, resume=None, epochs=3).to_json()))
+    (config.out / "config.json").write_text(json.dumps(replace(other, resume=None, ema=None).to_json()))
     with pytest.raises(ValueError, match=r"checkpoint.pt has other options: learning_rate was 0.002, now 0.5\."):
-        train(replace(other, epochs=3))
+        train(replace(other, ema=None))
     assert (config.out / "checkpoint.pt").read_bytes() == before
 
 
@@ -331,7 +330,7 @@ def test_non_finite_step_stops_the_run_and_keeps_the_last_good_checkpoint(config
         train(replace(config, checkpoint_every=2, log_every=100))
     state = state_of(config.out)
     assert state["step"] == 6
-    assert all(torch.isfinite(tensor).all() for tensor in state["model"].values())
+    assert all(torch.isfinite(tensor).all() for tensor in state["objective"].values())
     assert all(math.isfinite(record["loss"]) for record in metrics_of(config.out))
 
 
@@ -378,7 +377,7 @@ def test_convolutions_go_on_bit_for_bit_too(config, channels_last):
     train(TrainConfig.from_run(config.out))
     assert_same_run(config.out, whole)
     weight = next(
-        tensor for tensor in state_of(config.out)["model"].values() if min(tensor.shape) > 1 and tensor.ndim == 4
+        tensor for tensor in state_of(config.out)["objective"].values() if min(tensor.shape) > 1 and tensor.ndim == 4
     )
     assert weight.is_contiguous(memory_format=torch.channels_last) == channels_last
     assert weight.is_contiguous() != channels_last

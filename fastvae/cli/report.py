@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fastvae.evaluation.elbo import baseline_nats, evaluate
 from fastvae.training.config import read_run_config
-from fastvae.training.run_folder import METRICS_FILE, naming_the_run, read_metrics
+from fastvae.training.run_folder import METRICS_FILE, read_metrics, wrap_io_errors
 
 from .inputs import load_images, load_objective
 
@@ -39,7 +39,7 @@ def run(options: Report) -> int:
     scores = evaluate(objective, validation)
     baseline = baseline_nats(train, validation, objective.likelihood)
     records = read_metrics(options.model / METRICS_FILE)
-    with naming_the_run(options.model):
+    with wrap_io_errors(options.model):
         report, *_ = summarize(options.model, objective, validation, scores, records=records, baseline=baseline)
     print(report)
     return 0

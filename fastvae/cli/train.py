@@ -8,6 +8,7 @@ from fastvae.training import TrainConfig, train
 from fastvae.training.run_folder import METRICS_FILE
 
 from .evaluate import summary
+from .malloc import keep_freed_memory
 from .output import Output
 from .progress import reporter
 
@@ -46,6 +47,7 @@ WORDS = {
 
 def run(config: TrainConfig) -> int:
     """Train, report progress, and say where the results are."""
+    keep_freed_memory()
     if not is_first_process():
         train(config)
         return 0

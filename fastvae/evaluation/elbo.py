@@ -94,7 +94,7 @@ def evaluate(
         math.prod(objective.model.config.image_shape),
         math.prod(objective.model.config.latent_shape),
     )
-    own = world.part(len(dataset))  # type: ignore[arg-type]
+    own = world.shard_range(len(dataset))  # type: ignore[arg-type]
     place = own.start
     means = [torch.empty(0, latent_dim)]
     kl_per_dim = torch.zeros(latent_dim)
@@ -119,7 +119,7 @@ def evaluate(
     if has_optimal_scale(likelihood):
         log_scale = best_log_scale(error, n_images * dimensions)
         recon = nats_at_scale(likelihood, log_scale, error, n_images * dimensions)
-    latents = Latents(world.joined(torch.cat(means)), kl_per_dim / n_images)
+    latents = Latents(world.all_gather(torch.cat(means)), kl_per_dim / n_images)
     nats = recon / n_images + kl / n_images
     evaluation = Evaluation(
         images=n_images,

@@ -107,9 +107,15 @@ class Objective(nn.Module):
         beta = self.criterion.beta
         return (beta.value_at(step) if isinstance(beta, schedules.Schedule) else float(beta)) / self.beta_unit
 
-    def learned_scale(self) -> Tensor | None:
-        """The likelihood's log scale (log variance of a Gaussian) if it is a parameter."""
-        return next(self.criterion.parameters(), None)
+    def scales(self) -> dict[str, nn.Parameter]:
+        """The learned scales of the likelihood (log variance of a Gaussian), by name; empty if there is none."""
+        return dict(self.criterion.named_parameters())
+
+    def weighted_nats(self, recon: float, kl: float) -> float:
+        """The loss without its regularisers, with beta at the end of its schedule: comparable over a whole run."""
+        beta = self.criterion.beta
+        end = beta.end if isinstance(beta, schedules.Schedule) else float(beta)
+        return float(self.criterion.recon_weight) * recon + end * kl
 
 
 def decode_to_images(objective: Objective) -> AbstractContextManager[Any]:

@@ -9,12 +9,10 @@ from .._files import read_json_object
 from .loss_config import LossConfig, check_loss, require
 from .option_types import convert_options, option_types
 
-# what a resumed run may change without changing what it learns; `out` and `resume` only say where the run folder is,
-# and `data` where its images are: their content is compared
-FREE_ON_RESUME = frozenset(
-    {"data", "out", "resume", "device", "workers", "cache", "log_every", "checkpoint_every", "log", "shard", "strict"}
-)
-
+# what a resumed run may change: its length, and what does not change what it learns; `out` and `resume` only say where
+# the run folder is, and `data` where its images are, whose content is compared
+FREE_ON_RESUME = {"data", "out", "resume", "epochs", "device", "workers", "cache", "log", "shard", "strict"}
+FREE_ON_RESUME |= {"log_every", "checkpoint_every"}
 FROM_ZERO = frozenset({"warmup_steps", "workers", "beta_delay", "capacity_steps"})
 MOST = 2**31 - 1  # sizes and numbers of steps, so that no product of two of them overflows int64
 SEEDS = 2**64
@@ -35,7 +33,9 @@ class TrainConfig(LossConfig):
     out: Path | None = None
     """Run folder to create; runs/DATA-TIMESTAMP if not given. Nothing is ever overwritten in it."""
     resume: Path | None = None
-    """Run folder to continue from its last checkpoint; the other options are taken from it."""
+    """Run folder to continue from its last checkpoint; the other options are taken from it. More --epochs extend it."""
+    init_from: Path | None = None
+    """Run folder (or its folder best, or one of save_pretrained) whose weights a new run starts from."""
     image_size: tuple[int, int] | None = None
     """Height and width to resize every image to; the images' own size if not given."""
     strict: bool = False
@@ -139,8 +139,8 @@ class TrainConfig(LossConfig):
                 "Use the version that wrote it."
             )
         if "residual" not in values:
-            likelihood = values.get("likelihood") or (None if values.get("preset") else "l2")
-            values = values | {"residual": False, "ema": values.get("ema") or 0.0, "likelihood": likelihood}
+            former = {"residual": False, "ema": 0.0} | ({"likelihood": "l2"} if values.get("preset") is None else {})
+            values = values | {name: value for name, value in former.items() if values.get(name) is None}
         return cls(**values)
 
     @classmethod

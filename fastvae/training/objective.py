@@ -6,17 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fastvae
 from fastvae import schedules
+from fastvae.evaluation.elbo import as_unit_interval, best_log_scale, error_sum, of_means
 from fastvae.evaluation.objective import Objective, by_dimension
 from fastvae.likelihoods import L1, L2, Gaussian, Huber, Likelihood, LogCosh, Scaled, SmoothL1
-from fastvae.models import VAE
+from fastvae.models import VAE, saving
 from fastvae.presets import preset_options
 from fastvae.regularizers import Capacity, FreeBits
 
-from .checkpoint import CHECKPOINT_FILE, load_part, restore
+from .checkpoint import LAST
 from .config import TrainConfig
 from .loss_config import LossConfig
 from .perceptual import lpips_distance
@@ -56,24 +57,75 @@ def build_objective(config: TrainConfig, model: VAE, *, batch_size: int, total_s
     )
 
 
-def trained_objective(run: Path, model: VAE) -> Objective:
-    """`model`, which a run exported, with the run's likelihood, learned scale and clamp; weight of the KL is 1.
+def trained_objective(run: Path, model: VAE, weights: Path) -> Objective:
+    """The objective that a run evaluates: its likelihood, its learned scale and its clamp; weight of the KL is 1.
+
+    Args:
+        run: Folder of the run.
+        model: The model that is loaded from `weights`.
+        weights: The run's folder "model" or "best".
 
     Raises:
-        FileNotFoundError: a learned scale is asked of a run that has no checkpoint any more.
-        ValueError: the run's config or its checkpoint cannot be read.
+        ValueError: the run's config cannot be read, or `weights` lack the learned scale.
     """
-    config = TrainConfig.from_run(run)
-    options = loss_options(config)
+    options = loss_options(TrainConfig.from_run(run))
     criterion = fastvae.VAELoss(likelihood=options.get("likelihood", "l2"), return_terms=True)
-    own = criterion.state_dict()
-    if own:
-        part, prefix = ("ema", "module.criterion.") if config.ema else ("criterion", "")
-        saved = load_part(run / CHECKPOINT_FILE, part)
-        named = {name: saved[prefix + name] for name in own if prefix + name in saved}
-        restore(run / CHECKPOINT_FILE, {"step": 0, "criterion": named}, {"criterion": criterion})
-    device = next(model.parameters()).device
-    return Objective(model, criterion.to(device), logvar_clamp=options.get("logvar_clamp"))
+    objective = Objective(model, criterion, logvar_clamp=options.get("logvar_clamp"))
+    load_scales(objective, weights)
+    return objective.to(next(model.parameters()).device)
+
+
+def load_scales(objective: Objective, weights: Path) -> None:
+    """Set learned scales of the likelihood to those that a run saved with its weights.
+
+    Raises:
+        ValueError: `weights` has not the scales of this likelihood.
+    """
+    found, own = saving.read_training(weights).get("scales", {}), objective.scales()
+    if own and found.keys() != own.keys():
+        raise ValueError(
+            f"{weights} has no scale of the likelihood {objective.likelihood}, which its run learned. Copy the run "
+            "again, or train it with this version."
+        )
+    for name, scale in own.items():
+        scale.data.copy_(torch.tensor(found[name]))
+
+
+def load_weights(objective: Objective, source: Path) -> None:
+    """Start from the weights of another run, and from its learned scales if the likelihood is the same.
+
+    Args:
+        objective: Gets them.
+        source: Run folder, its folder "best", or a folder of `VAE.save_pretrained`.
+
+    Raises:
+        FileNotFoundError: there are no weights.
+        ValueError: they are damaged, or of a model of other sizes.
+    """
+    folder = source / LAST if (source / LAST).is_dir() else source
+    config, weights = saving.load(folder, "cpu")
+    own = objective.model.config
+    different = [
+        f"{name} {theirs!r}, here {getattr(own, name)!r}"
+        for name, theirs in config.to_dict().items()
+        if name != "checkpointing" and theirs != own.to_dict()[name]
+    ]
+    if different:
+        raise ValueError(f"the model in {folder} has {'; '.join(different)}. Give this run the same options.")
+    objective.model.load_state_dict(weights)
+    if saving.read_training(folder).get("scales", {}).keys() == objective.scales().keys():
+        load_scales(objective, folder)
+
+
+def initialize_scale(objective: Objective, images: Tensor) -> None:
+    """Start a learned scale where it is best for a model that always answers the mean of `images`, [n, C, H, W]."""
+    likelihood = objective.likelihood
+    if not isinstance(likelihood, Gaussian | Scaled):
+        return
+    pixels = as_unit_interval(images)
+    error = error_sum(of_means(likelihood.base), pixels.mean(0).expand_as(pixels), pixels)
+    for scale in objective.scales().values():
+        scale.data.fill_(best_log_scale(error, pixels.numel()))
 
 
 def loss_options(config: LossConfig) -> dict[str, Any]:

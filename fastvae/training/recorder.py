@@ -9,7 +9,7 @@ from fastvae.evaluation.elbo import bits_per_dim
 
 from .config import TrainConfig
 from .events import Event, Logged
-from .run_folder import METRICS_FILE, MetricsFile, naming_the_run
+from .run_folder import METRICS_FILE, MetricsFile, wrap_io_errors
 
 
 class Recorder:
@@ -49,7 +49,7 @@ class Recorder:
         self.metrics: MetricsFile | None = None
         self.board: Any = None
         if writes:
-            with naming_the_run(run):
+            with wrap_io_errors(run):
                 self.metrics = MetricsFile(run / METRICS_FILE, step=step)
                 self.board = _tensorboard(run, step) if config.log == "tensorboard" else None
 
@@ -63,7 +63,7 @@ class Recorder:
         record = {"step": step, "epoch": -(-step // self.steps_per_epoch), "split": split}
         record |= {"loss": loss, "recon": recon, "kl": kl}
         record |= {"nats": nats, "bits_per_dim": bits_per_dim(nats, self.dimensions), **more}
-        with naming_the_run(self.run):
+        with wrap_io_errors(self.run):
             if self.metrics is not None:
                 self.metrics.append(record)
             if self.board is not None:
@@ -75,7 +75,7 @@ class Recorder:
     def sync(self) -> None:
         """Bring what was logged to the disk: before a checkpoint, so that none is newer than its metrics."""
         if self.metrics is not None:
-            with naming_the_run(self.run):
+            with wrap_io_errors(self.run):
                 self.metrics.sync()
 
     def __enter__(self) -> Self:

@@ -37,7 +37,7 @@ class RunFolderError(OSError):
 
 
 @contextmanager
-def naming_the_run(run: Path) -> Iterator[None]:
+def wrap_io_errors(run: Path) -> Iterator[None]:
     """Let what the system refuses be a `RunFolderError` that says what to do.
 
     Files are replaced whole, so the last checkpoint is as it was.
@@ -68,7 +68,7 @@ def locked_run_folder(config: TrainConfig) -> Iterator[Path]:
     """
     run = choose_run_folder(config)
     with ExitStack() as stack:
-        with naming_the_run(run):
+        with wrap_io_errors(run):
             stack.enter_context(lock_run(run))
         if config.resume is None:
             _require_empty(run)

@@ -13,6 +13,10 @@ from fastvae.models import VAE, VAEConfig
 
 from .config import TrainConfig
 
+# Adam moves a learned log scale by about the learning rate in a step, so by that of the networks, 2e-3, it would take
+# thousands of steps to reach its optimum
+LOSS_LEARNING_RATE = 10.0  # in learning rates of the model
+
 
 def resolve_device(name: str) -> torch.device:
     """The device of an option such as "auto", "cpu" or "cuda:1".
@@ -42,12 +46,14 @@ def _named_device(name: str, accelerator: torch.device | None) -> torch.device:
 
 
 def make_optimizer(config: TrainConfig, objective: Objective) -> torch.optim.Optimizer:
-    """AdamW; the parameters of the loss do not decay."""
-    groups: list[dict[str, Any]] = [{"params": list(objective.model.parameters())}]
-    if list(objective.criterion.parameters()):
-        groups.append({"params": list(objective.criterion.parameters()), "weight_decay": 0.0})
+    """AdamW; `initial_lr` of each group is its peak. The parameters of the loss learn faster and do not decay."""
+    rates = {"lr": config.learning_rate, "initial_lr": config.learning_rate}
+    groups: list[dict[str, Any]] = [{"params": list(objective.model.parameters()), **rates}]
+    if scales := list(objective.criterion.parameters()):
+        fast = LOSS_LEARNING_RATE * config.learning_rate
+        groups.append({"params": scales, "weight_decay": 0.0, "lr": fast, "initial_lr": fast})
     fused = next(objective.parameters()).device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused)
+    return torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=fused)
 
 
 def averaged_over_steps(objective: Objective, decay: float, *, sharded: bool) -> AveragedModel:

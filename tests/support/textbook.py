@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from fastvae import data
+from fastvae.cli.malloc import keep_freed_memory
 from fastvae.models import VAE
 from fastvae.training import TrainConfig, train
 from fastvae.training.events import Event, Logged
@@ -137,7 +138,8 @@ def textbook_config(epochs: int) -> TrainConfig:
 
 
 def compare(config: TrainConfig) -> Compared:
-    """Train both."""
+    """Train both, with glibc's malloc set as `fastvae train` sets it."""
+    keep_freed_memory()
     turns = InTurns(config)
     with tempfile.TemporaryDirectory() as folder:
         nats = train(replace(config, out=Path(folder) / "run"), on_event=turns).evaluation.nats
