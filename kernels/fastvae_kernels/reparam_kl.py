@@ -10,20 +10,31 @@ import triton.language as tl
 from torch import Tensor
 
 from ._reduce import fold_rows
-from ._tile import (
-    NUM_WARPS,
-    ONE_TILE_EACH,
-    element_offsets,
-    layout,
-    load,
-    on_device,
-    pack_f64,
-    tile,
-    triton_dtype,
-)
+from ._tile import NUM_WARPS, ONE_TILE_EACH, element_offsets, layout, load, on_device, pack_f64, tile, triton_dtype
 from .gaussian import clamp, exp, expm1, inside, twice_kl_element
 from .philox import elements_per_thread, philox_normal, tile_normals
 from .types import Clamp, PhiloxNoise, TensorMeta, compute_dtype
+
+
+@triton.jit
+def _noise_tile(
+    seed,
+    offset,
+    n_cols,
+    n_col_programs,
+    ELEMENTS_PER_THREAD: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    """First row, first column, rows, columns and noise of this program's tile."""
+    pid = tl.program_id(0).to(tl.int64)
+    if seed.dtype.is_ptr():
+        seed = tl.load(seed)
+    first_row, first_col = (pid // n_col_programs) * BLOCK_ROWS, (pid % n_col_programs) * BLOCK_COLS
+    rows = first_row + tl.arange(0, BLOCK_ROWS)[:, None]
+    cols = first_col + tl.arange(0, BLOCK_COLS)[None, :]
+    noise = tile_normals(seed, offset + rows * n_cols + first_col, BLOCK_COLS, ELEMENTS_PER_THREAD)
+    return first_row, first_col, rows, cols, noise
 
 
 @triton.jit
@@ -62,15 +73,9 @@ def _reparam_kl_fwd_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
-    pid = tl.program_id(0).to(tl.int64)
-    if seed.dtype.is_ptr():
-        seed = tl.load(seed)
-    col_program = pid % n_col_programs
-    first_row, first_col = (pid // n_col_programs) * BLOCK_ROWS, col_program * BLOCK_COLS
-    rows = first_row + tl.arange(0, BLOCK_ROWS)[:, None]
-    cols = first_col + tl.arange(0, BLOCK_COLS)[None, :]
-    noise = tile_normals(seed, offset + rows * n_cols + first_col, BLOCK_COLS, ELEMENTS_PER_THREAD)
-
+    first_row, first_col, rows, cols, noise = _noise_tile(
+        seed, offset, n_cols, n_col_programs, ELEMENTS_PER_THREAD, BLOCK_ROWS, BLOCK_COLS
+    )
     mu_ptrs = mu_ptr + element_offsets(rows, cols, mu_strides, sizes)
     logvar_ptrs = logvar_ptr + element_offsets(rows, cols, logvar_strides, sizes)
     z_ptrs = z_ptr + element_offsets(rows, cols, z_strides, sizes)
@@ -81,6 +86,7 @@ def _reparam_kl_fwd_kernel(
         kl = _sample_tile(mu_ptrs, logvar_ptrs, z_ptrs, noise, mask, low, high, kl_ptr is not None, DTYPE)
     if kl_ptr is not None:
         sums = 0.5 * tl.sum(kl, axis=1)[:, None]
+        col_program = tl.program_id(0).to(tl.int64) % n_col_programs
         tl.store(kl_ptr + rows * n_col_programs + col_program, sums, mask=rows < n_rows)
 
 
@@ -111,8 +117,8 @@ def _gradient_tile(
 def _reparam_kl_bwd_kernel(
     mu_ptr,  # [n_rows, n_cols], read
     logvar_ptr,  # [n_rows, n_cols], read
-    dz_ptr,  # [n_rows, n_cols], read; None: no gradient came
-    dkl_ptr,  # [n_rows] at dkl_stride, read; None: no gradient came
+    dz_ptr,  # [n_rows, n_cols], read; None: no gradient was given
+    dkl_ptr,  # [n_rows] at dkl_stride, read; None: no gradient was given
     dmu_ptr,  # [n_rows, n_cols], written; None: not wanted
     dlogvar_ptr,  # [n_rows, n_cols], written; None: not wanted
     seed,
@@ -134,14 +140,9 @@ def _reparam_kl_bwd_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
-    pid = tl.program_id(0).to(tl.int64)
-    if seed.dtype.is_ptr():
-        seed = tl.load(seed)
-    first_row, first_col = (pid // n_col_programs) * BLOCK_ROWS, (pid % n_col_programs) * BLOCK_COLS
-    rows = first_row + tl.arange(0, BLOCK_ROWS)[:, None]
-    cols = first_col + tl.arange(0, BLOCK_COLS)[None, :]
-    noise = tile_normals(seed, offset + rows * n_cols + first_col, BLOCK_COLS, ELEMENTS_PER_THREAD)
-
+    first_row, first_col, rows, cols, noise = _noise_tile(
+        seed, offset, n_cols, n_col_programs, ELEMENTS_PER_THREAD, BLOCK_ROWS, BLOCK_COLS
+    )
     dkl = None if dkl_ptr is None else load(dkl_ptr + rows * dkl_stride, rows < n_rows, DTYPE)
     mu_ptrs = mu_ptr + element_offsets(rows, cols, mu_strides, sizes)
     logvar_ptrs = logvar_ptr + element_offsets(rows, cols, logvar_strides, sizes)
@@ -162,8 +163,7 @@ class _Pass(NamedTuple):
     strides: tuple[Any, ...]  # of each tensor
     shape: tuple[Any, ...]  # sizes, n_rows, n_cols, n_col_programs
     elements_per_thread: int  # where the noise of the first element begins a counter
-    block_rows: int
-    block_cols: int
+    constants: dict[str, Any]  # further keywords of the launch
 
 
 class ReparamKLPlan(NamedTuple):
@@ -173,12 +173,10 @@ class ReparamKLPlan(NamedTuple):
     with_kl: bool
     bounds: tuple[Any, Any]  # of logvar, packed
     dtype: torch.dtype  # of arithmetic
-    triton_dtype: tl.dtype
     forward: _Pass
     backward: _Pass
-    partials: tuple[
-        tuple[int, ...], tuple[int, ...]
-    ]  # shape and strides of the partial sums of the KL; [n_rows] where they are the sums
+    # shape and strides of the partial sums of the KL; [n_rows] where they are the sums
+    partials: tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def plan_reparam_kl(
@@ -200,7 +198,6 @@ def plan_reparam_kl(
         with_kl=with_kl,
         bounds=(pack_f64(low), pack_f64(high)),
         dtype=dtype,
-        triton_dtype=triton_dtype(dtype),
         forward=forward,
         backward=_plan_pass((mu, logvar, z, dmu, dlogvar), mu.dtype.itemsize, with_kl),
         partials=((n_rows, n_col_programs), (n_col_programs, 1)) if n_col_programs > 1 else ((n_rows,), (1,)),
@@ -209,12 +206,15 @@ def plan_reparam_kl(
 
 def _plan_pass(tensors: tuple[TensorMeta, ...], element_size: int, by_sample: bool) -> _Pass:
     if 0 in tensors[0].shape:
-        return _Pass(0, ((),) * len(tensors), (None, tensors[0].shape[0], 0, 1), 1, 1, 1)
+        return _Pass(0, ((),) * len(tensors), (None, tensors[0].shape[0], 0, 1), 1, {})
     n_rows, n_cols, sizes, strides = layout(tensors, by_sample=by_sample, c_order=True)
     t = tile(n_rows, n_cols, element_size, max_programs=ONE_TILE_EACH, noise=True)
     per_thread = elements_per_thread(element_size, 0 if n_rows == 1 else n_cols)
     shape = sizes, n_rows, n_cols, t.col_programs
-    return _Pass(t.programs(n_rows), tuple(strides), shape, per_thread, t.rows, t.cols)
+    dtype = triton_dtype(compute_dtype(*tensors[:2]))
+    constants = {"DTYPE": dtype, "BLOCK_ROWS": t.rows, "BLOCK_COLS": t.cols, "num_warps": NUM_WARPS}
+    launch = {"grid": (t.programs(n_rows),), "warmup": False, "enable_fp_fusion": True}
+    return _Pass(t.programs(n_rows), tuple(strides), shape, per_thread, constants | launch)
 
 
 def reparam_kl_fwd(
@@ -237,13 +237,7 @@ def reparam_kl_fwd(
             *at.strides,
             *at.shape,
             ELEMENTS_PER_THREAD=at.elements_per_thread if noise.offset % 4 == 0 else 1,
-            DTYPE=plan.triton_dtype,
-            BLOCK_ROWS=at.block_rows,
-            BLOCK_COLS=at.block_cols,
-            grid=(at.programs,),
-            warmup=False,
-            num_warps=NUM_WARPS,
-            enable_fp_fusion=True,
+            **at.constants,
         )
         return (partials if partials is None or partials.ndim == 1 else fold_rows(partials)), ()
 
@@ -296,11 +290,5 @@ def reparam_kl_bwd(
             0 if dkl is None else dkl.stride(0),
             *at.shape,
             ELEMENTS_PER_THREAD=at.elements_per_thread if noise.offset % 4 == 0 else 1,
-            DTYPE=plan.triton_dtype,
-            BLOCK_ROWS=at.block_rows,
-            BLOCK_COLS=at.block_cols,
-            grid=(at.programs,),
-            warmup=False,
-            num_warps=NUM_WARPS,
-            enable_fp_fusion=True,
+            **at.constants,
         )
