@@ -117,6 +117,11 @@ def rows_are_aligned(case):
     return case.op not in ("sample_kl", "stats") or case.shape[1] % 16 == 0
 
 
+@over([(Case("stats", dtype, shape=RANGES), "sm_90") for dtype in (F32, BF16)])
+def test_statistics_leave_registers_to_other_programs(case, target):
+    assert next(main_reports(case, target))[0].registers <= 60
+
+
 def bytes_of(widths, *, wide):
     return sum(width // 8 * count for width, count in widths.items() if (width >= 128) == wide)
 
@@ -214,7 +219,7 @@ def test_a_grid_covers_more_than_2_31_elements():
     assert statistics.grid[0] * elements_of_a_range >= case.n_elements
 
 
-# instructions per element on sm_90, of the cheapest path through whole tiles
+# instructions per element on sm_90, of the path through whole tiles that does all the work
 BUDGETS = {"sample": 56, "sample_kl": 64}
 MEASURED = {  # forward, backward
     Case("noise", F32): (35.2,),
@@ -225,13 +230,13 @@ MEASURED = {  # forward, backward
     Case("sample_kl", BF16): (57.6, 62.2),
     Case("kl", F32): (27.4, 27.1),
     Case("kl", BF16): (22.7, 23.1),
-    # a round and what comes once for all of a range's rounds, which alone cost 30 and 33
-    Case("stats", F32, shape=RANGES): (79.9,),
-    Case("stats", BF16, shape=RANGES): (89.8,),
+    # a round, which alone costs 21, and what comes once for all of a range's rounds
+    Case("stats", F32, shape=RANGES): (155.8,),
+    Case("stats", BF16, shape=RANGES): (119.1,),
     Case("loss", F32): (19.0, 10.1),
-    Case("loss", BF16): (14.6, 7.4),
-    Case("loss", BF16, U8): (16.4, 9.0),
-    Case("loss", BF16, F32): (14.1, 7.4),
+    Case("loss", BF16): (14.6, 12.8),
+    Case("loss", BF16, U8): (16.4, 14.4),
+    Case("loss", BF16, F32): (14.1, 11.9),
 }
 
 

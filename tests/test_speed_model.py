@@ -51,6 +51,13 @@ def test_what_bounds_a_kernel(predicted):
     assert predicted(sample, slower).share < 0.3
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_statistics_are_bound_by_memory(predicted, dtype):
+    case = Case("stats", dtype, shape=(2**17, 2**10))
+    assert predicted(case).share > 0.85
+    assert predicted(case).instructions < 24
+
+
 def code_of(*opcodes):
     """`BRA 0x20` jumps to the third instruction."""
     return Code(Instruction(*opcode.split(), predicate="@P0" * opcode.startswith("BRA")) for opcode in opcodes)
