@@ -1,4 +1,4 @@
-"""The reconstruction term on a tile: its error, and its gradients on the way."""
+"""The reconstruction term on a tile: errors and gradients."""
 
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ from .gaussian import exp
 
 
 class Images(NamedTuple):
-    """Tensors, or strides, of one shape. None: not there, or not wanted."""
+    """Tensors of one shape, or their strides. None: not given, or not wanted."""
 
     recon: Any = None  # read, as are the next four
     target: Any = None
@@ -49,7 +49,7 @@ def _store(ptrs, gradient, selected, mask):
 def image_tile(images, ptrs, likelihood, coefficient, mask, DTYPE: tl.constexpr):
     """The error of each element, 0 in lanes outside. The gradients that have a place, times `coefficient`, are stored.
 
-    `images` tells what there is, `ptrs` where.
+    `images` has None for absent tensors, `ptrs` the addresses of the tile.
     """
     recon, target = load(ptrs.recon, mask, DTYPE, likelihood.outside), load(ptrs.target, mask, DTYPE)
     if likelihood.target_scale != 1:

@@ -1,6 +1,4 @@
-"""Sample a diagonal Gaussian and measure its KL, reading each input once; backward draws the noise again instead
-of reading it.
-"""
+"""Sampling of a diagonal Gaussian and its KL. Each input is read once; the backward pass draws the noise again."""
 
 from typing import Any, NamedTuple
 
@@ -39,7 +37,7 @@ def _noise_tile(
 
 @triton.jit
 def _sample_tile(mu_ptrs, logvar_ptrs, z_ptrs, noise, mask, low, high, WITH_KL: tl.constexpr, DTYPE: tl.constexpr):
-    """Store z; return twice the KL of each element (zeros if it is not asked for)."""
+    """Store z; return twice the KL of each element (zeros without WITH_KL)."""
     mu = load(mu_ptrs, mask, DTYPE)
     logvar = clamp(load(logvar_ptrs, mask, DTYPE), low, high, DTYPE)
     sigma = exp(logvar, DTYPE, 0.5)
@@ -157,7 +155,7 @@ def _reparam_kl_bwd_kernel(
 
 
 class _Pass(NamedTuple):
-    """One launch but for its tensors and its noise."""
+    """One launch without its tensors and its noise."""
 
     programs: int
     strides: tuple[Any, ...]  # of each tensor
@@ -167,7 +165,7 @@ class _Pass(NamedTuple):
 
 
 class ReparamKLPlan(NamedTuple):
-    """Launches of both passes of one kind of call."""
+    """The launches of both passes, for calls with equal signatures."""
 
     device: torch.device
     with_kl: bool
