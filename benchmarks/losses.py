@@ -45,6 +45,8 @@ def tensor(name: str, image: tuple[int, ...], latent: tuple[int, ...], dtype: to
         return torch.rand(image if name == "mask" else latent, device=device) < 0.75
     if name in ("weight", "extra"):
         return torch.rand(image[:1], device=device)
+    if name == "map":
+        return torch.rand(image, dtype=dtype, device=device)
     if name == "log_scale":  # a parameter, which autocast leaves in float32
         return torch.full((), LOGVAR, device=device).requires_grad_()
     shape = {"prior": latent, "sample_log_scale": image[:1], "log_scale_map": image}[name]
@@ -157,6 +159,14 @@ LOSSES: dict[str, Loss] = {
     ),
     "weight": Loss(lambda x, t, mu, lv, w: (w * samples(x, t, mu, lv)).mean(), lambda w: {"weight": w}, ("weight",)),
     "extra": errors(lambda x, t, e: (squared(x, t) + rows(e, x)).sum(), lambda e: {"extra": e}, "extra"),
+    "extra_map": errors(lambda x, t, e: (squared(x, t) + e).sum(), lambda e: {"extra": e}, "map"),
+    "recon_weight_by_sample": errors(
+        lambda x, t, w: (rows(w, x) * squared(x, t)).sum(), lambda w: {"recon_weight": w}, "weight"
+    ),
+    "recon_weight_by_element": errors(lambda x, t, w: (w * squared(x, t)).sum(), lambda w: {"recon_weight": w}, "map"),
+    "beta_by_sample": regularized(
+        lambda mu, lv, b: (b * by_sample(kl(mu, lv))).mean(), lambda b: {"beta": b}, "weight"
+    ),
     "reduction_none": Loss(samples, {"reduction": "none"}),
     "reduction_mean": Loss(lambda x, t, mu, lv: F.mse_loss(x, t) + kl(mu, lv).mean(), {"reduction": "mean"}),
     "beta": of_kl(lambda k: 4 * k.sum() / len(k), beta=4.0),

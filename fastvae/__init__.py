@@ -7,6 +7,8 @@ from . import regularizers as regularizers
 from . import schedules as schedules
 from ._backend import set_backend as set_backend
 from ._backend import use_backend as use_backend
+from .capture import CapturedStep as CapturedStep
+from .capture import capture_step as capture_step
 from .distributions import DiagonalGaussian as DiagonalGaussian
 from .functional import VAELossTerms as VAELossTerms
 from .functional import gaussian_kl as gaussian_kl

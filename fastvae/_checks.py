@@ -93,14 +93,45 @@ def prior(value: Any, mu: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def per_sample(name: str, tensor: Any, like: Any) -> None:
-    """weight, extra, kl: [B]."""
+    """weight, kl: [B]."""
+    batch = like.shape[0]
+    if isinstance(tensor, Tensor | TensorMeta) and tensor.ndim == 0:
+        fail(
+            f"{name} must have shape [B] = ({batch},), one value per sample; got a 0-dimensional tensor. Reduce over "
+            f"each sample only, or pass {name}.expand({batch}) if the value is that of every sample."
+        )
     float_tensor(name, tensor)
     if tensor.shape != like.shape[:1]:
         fail(
-            f"{name} must have shape [B] = ({like.shape[0]},), one value a sample; got {tuple(tensor.shape)}. "
+            f"{name} must have shape [B] = ({batch},), one value per sample; got {tuple(tensor.shape)}. "
             "Reduce or flatten it."
         )
     same_device(name, tensor, "the inputs", like)
+
+
+def per_sample_or_element(name: str, tensor: Any, recon: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """extra, recon_weight: ([B], None), or (None, a map in the shape of recon)."""
+    float_tensor("recon", recon)
+    batch = recon.shape[0]
+    if isinstance(tensor, Tensor) and tensor.ndim == 0:
+        fail(
+            f"{name} must have shape [B] = ({batch},) or broadcast to recon's shape; got a 0-dimensional tensor. Pass "
+            f"{name}.expand({batch}) if the value is that of every sample."
+        )
+    float_tensor(name, tensor)
+    same_device(name, tensor, "recon", recon)
+    if tensor.shape == (batch,):
+        return tensor, None
+    if tensor.shape == (batch, *[1] * (recon.ndim - 1)):
+        return tensor.reshape(batch), None
+    try:
+        torch.broadcast_shapes(tensor.shape, recon.shape)  # type: ignore[no-untyped-call]
+        return None, expanded(name, tensor, "recon", recon)
+    except (RuntimeError, ValueError):
+        raise ValueError(
+            f"{name} must have shape [B] = ({batch},), one value per sample, or broadcast to recon's shape "
+            f"{tuple(recon.shape)}; got {tuple(tensor.shape)}. Insert dimensions of size 1 where it is the same."
+        ) from None
 
 
 def loss_inputs(tensors: ElboTensors, numbers: ElboNumbers, spec: Any) -> None:
@@ -119,9 +150,14 @@ def loss_inputs(tensors: ElboTensors, numbers: ElboNumbers, spec: Any) -> None:
     else:
         per_sample("kl", tensors.kl, tensors.kl)
         like = tensors.kl
-    for name in ("weight", "extra"):
-        if getattr(tensors, name) is not None:
-            per_sample(name, getattr(tensors, name), like)
+    if tensors.weight is not None:
+        per_sample("weight", tensors.weight, like)
+    of_batch = spec.capacity_mode == "batch" or getattr(spec.free_bits, "mode", None) == "dim_batch"
+    if tensors.betas is not None and of_batch:
+        fail(
+            "beta of each sample has no meaning where free bits or the capacity are of the batch; got a beta of shape "
+            f"{tuple(tensors.betas.shape)}. Pass one beta, or choose the mode of samples."
+        )
     for name, number in zip(numbers._fields, numbers, strict=True):
         if isinstance(number, Tensor | TensorMeta):
             same_device(name, number, "the inputs", like)
@@ -160,8 +196,13 @@ def kl_given(
         fail("Drop logvar: kl= replaces it, and both were passed. mu may stay, for its element count.")
     if free_bits is not None and getattr(free_bits, "mode", None) == "sample":
         free_bits = None
-    if not (logvar_clamp is None and prior is None and free_bits is None and kl_mask is None):
-        given = {"logvar_clamp": logvar_clamp, "prior": prior, "free_bits": free_bits, "kl_mask": kl_mask}
+    if logvar_clamp is not None:
+        fail(
+            f"logvar_clamp cannot act on kl=, which is already measured; got {logvar_clamp!r}. Pass logvar_clamp=None "
+            "here (to VAELoss.preset too) and the bounds to reparameterize_kl."
+        )
+    if not (prior is None and free_bits is None and kl_mask is None):
+        given = {"prior": prior, "free_bits": free_bits, "kl_mask": kl_mask}
         names = ", ".join(name for name, value in given.items() if value is not None)
         fail(f"{names} cannot act on kl=, which is a KL already. Pass mu and logvar instead.")
     if mu is not None:
@@ -171,6 +212,29 @@ def kl_given(
         same_batch(recon, mu)
     elif kl_reduction == "mean":
         fail('kl_reduction="mean" divides by the number of latents, which kl= does not contain. Pass mu too.')
+
+
+def beta(value: Any, recon: Tensor) -> tuple[float | Tensor, Tensor | None]:
+    """(the number, [B] or None)"""
+    if not isinstance(value, Tensor) or value.ndim == 0:
+        return weight("beta", value), None
+    float_tensor("recon", recon)
+    float_tensor("beta", value)
+    if value.shape != recon.shape[:1]:
+        fail(
+            f"beta must be a number, a 0-dimensional tensor or of shape [B] = ({recon.shape[0]},); got shape "
+            f"{tuple(value.shape)}. If it is one value, pass beta.reshape(())."
+        )
+    same_device("beta", value, "recon", recon)
+    return 1.0, value
+
+
+def recon_weight(value: Any, recon: Tensor) -> tuple[float | Tensor, Tensor | None]:
+    """(the number, [B] or a map in the shape of recon or None)"""
+    if not isinstance(value, Tensor) or value.ndim == 0:
+        return weight("recon_weight", value), None
+    of_samples, of_elements = per_sample_or_element("recon_weight", value, recon)
+    return 1.0, of_elements if of_samples is None else of_samples
 
 
 def weight(name: str, value: Any) -> float | Tensor:

@@ -76,7 +76,7 @@ class Elementwise:
 
     @property
     def spec(self) -> LikelihoodSpec:
-        options = ErrorOptions(self.name, self.parameter, self.target_scale, self.target_shift)
+        options = ErrorOptions(self.name, self.parameter, self.target_scale, self.target_shift, 1 / self.factor)
         return LikelihoodSpec(options, float(self.factor), self.mask_normalize)
 
     def error(self, recon: Tensor, target: Tensor, parameter: float) -> Tensor:

@@ -4,7 +4,7 @@ import math
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import _checks, _numbers
 from ._elementwise import L1 as L1
@@ -31,7 +31,8 @@ class _WithScale(KeepsPrecision):
         super().__init__()
         self.base = base
         # a Parameter is trained and saved with the loss, a constant tensor moves with it
-        if isinstance(log_scale, Tensor) and not log_scale.requires_grad:
+        frozen = isinstance(log_scale, nn.Parameter)  # may be trained later
+        if isinstance(log_scale, Tensor) and not log_scale.requires_grad and not frozen:
             self.register_buffer("log_scale", log_scale)
         else:
             self.log_scale = log_scale
@@ -145,18 +146,14 @@ _NAMES = {spec: name for name, spec in reversed(SPECS.items())}
 
 
 class Resolved(NamedTuple):
-    """A likelihood, and an extra error, for images of one shape."""
+    """A likelihood for images of one shape."""
 
     spec: str | LikelihoodSpec  # a name, if it is one of `SPECS`: equal spellings share a plan
     log_scale: Tensor | None = None  # in the shape of recon
     sample_log_scale: Tensor | None = None  # 0-d or [B]
-    extra: Tensor | None = None  # [B]
-    extra_map: Tensor | None = None  # in the shape of recon
 
 
-def resolve_likelihood(
-    likelihood: str | Likelihood, recon: Tensor, extra: Tensor | None = None, mask: Tensor | None = None
-) -> Resolved:
+def resolve_likelihood(likelihood: str | Likelihood, recon: Tensor, mask: Tensor | None = None) -> Resolved:
     """What a loss is given of a likelihood.
 
     Raises:
@@ -165,13 +162,13 @@ def resolve_likelihood(
     likelihood = resolve(likelihood)
     spec = likelihood.spec
     if isinstance(likelihood, Elementwise) and spec in _NAMES:
-        return Resolved(_NAMES[spec], None, None, extra)
+        return Resolved(_NAMES[spec])
     log_scale = likelihood.log_scale if isinstance(likelihood, _WithScale) else None
     if not isinstance(log_scale, Tensor):
-        return Resolved(spec, None, None, extra)
+        return Resolved(spec)
     _checks.same_device("the likelihood's scale", log_scale, "recon", recon)
     if log_scale.numel() == 1 or log_scale.shape in (recon.shape[:1], (*recon.shape[:1], *[1] * (recon.ndim - 1))):
-        return Resolved(spec, None, log_scale.reshape(() if log_scale.numel() == 1 else -1), extra)
+        return Resolved(spec, None, log_scale.reshape(() if log_scale.numel() == 1 else -1))
     if spec.factor != 1 or spec.softclip is not None:  # more than the op acts on it: round once
         log_scale = log_scale.to(compute_dtype(log_scale))
     log_scale = _checks.expanded("the likelihood's scale", log_scale, "recon", recon)
@@ -183,12 +180,7 @@ def resolve_likelihood(
         log_scale = log_scale - math.log(factor)
         constant = spec.constant + spec.nll_weight * math.log(factor)
         spec = spec._replace(factor=1.0, constant=constant)
-    extra_map = None
-    if extra is not None:  # divided by a scale that each element has, which holds the factor
-        _checks.per_sample("extra", extra, recon)
-        extra_map = extra.to(compute_dtype(extra)) / factor
-        extra_map = extra_map.reshape(-1, *[1] * (recon.ndim - 1)).expand(recon.shape)
-    return Resolved(spec, log_scale, None, None, extra_map)
+    return Resolved(spec, log_scale)
 
 
 def resolve(likelihood: str | Likelihood) -> Likelihood:

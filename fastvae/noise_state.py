@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import _backend
 from ._numbers import integer, is_integer
 from ._seeds import int64
 
@@ -69,8 +70,14 @@ class NoiseState(nn.Module):
 
     def advance(self) -> None:
         """Advance to the next step, on the device. Call it after `backward()`, which draws the noise again."""
-        self.step.add_(1)
-        _refresh(self)
+        if _backend.needs_reference() or _backend.backend_of(self.seed) != "triton":
+            self.step.add_(1)
+            _refresh(self)
+        else:
+            kernels: Any = _backend.load_backend("triton", "noise_state")
+            # a kernel's stores do not count versions: autograd notices by them that a saved seed has changed
+            torch.autograd.graph.increment_version((self.step, self.seed))
+            kernels.advance(self.base, self.step, self.seed, _INCREMENT, _MIXING, _LAST_SHIFT)
 
 
 def _refresh(state: nn.Module, _: Any = None) -> None:

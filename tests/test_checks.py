@@ -28,7 +28,7 @@ def leaf():
     ("call", "error", "message"),
     [
         (lambda: loss(weight=torch.ones(3)), ValueError, r"weight must have shape \[B\] = \(2,\).*got \(3,\)"),
-        (lambda: loss(extra=torch.ones(2, 1)), ValueError, r"extra must have shape \[B\].*got \(2, 1\)"),
+        (lambda: loss(extra=torch.ones(3, 1)), ValueError, r"extra must have shape \[B\].*got \(3, 1\)"),
         (lambda: loss(weight=2.0), TypeError, "weight must be a torch.Tensor; got float"),
         (lambda: loss(mask=torch.ones(2, 3)), TypeError, "mask must be a bool tensor; got float32"),
         (lambda: loss(mask=torch.ones(3, 3) > 0), ValueError, r"mask must broadcast to recon's shape \(2, 3\)"),
@@ -91,7 +91,7 @@ def leaf():
         (lambda: loss(kl_reduction="none"), ValueError, 'must both be "none" or neither'),
         (lambda: loss(likelihood="l3"), ValueError, "likelihood must be one of 'l2', .*; got 'l3'"),
         (lambda: loss(beta="1"), TypeError, "beta must be a float or a 0-dimensional tensor; got str"),
-        (lambda: loss(beta=torch.ones(1)), ValueError, r"beta must be .* of shape \(1,\)"),
+        (lambda: loss(beta=torch.ones(1)), ValueError, r"beta must be .* got shape \(1,\)"),
         (lambda: loss(recon_weight=torch.tensor(1)), ValueError, "recon_weight must be .* got int64"),
         (lambda: loss(kl=torch.ones(2)), ValueError, "Drop logvar: kl= replaces it"),
         (lambda: loss(logvar=None, kl=torch.ones(3)), ValueError, r"\[B\] = \(2,\).*got \(3,\)"),

@@ -16,7 +16,7 @@ LAYERS = [
     {"__main__"},
     {"cli"},
     {"training", "integrations"},
-    {"models", "data", "loss", "distributions", "iwae"},
+    {"models", "data", "loss", "distributions", "iwae", "capture"},
     {"functional", "statistics", "input_checks"},
     {"_batch_terms", "sampling", "presets"},
     {"ops"},
@@ -26,7 +26,7 @@ LAYERS = [
     {"reference", "_checks", "_backend", "_files", "_modules"},
     {"_elementwise", "_argument_checks"},
     {"_likelihood_base"},
-    {"_strides", "_dtypes", "_numbers"},
+    {"_strides", "_dtypes", "_numbers", "_graphs"},
     {"types"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -57,6 +57,8 @@ CHOSEN = [
     *(Case("loss", BF16, U8, shape=ODD, options=(name,)) for name in (*LIKELIHOODS, "shifted")),
     *(Case("loss", BF16, F32, shape=ODD, options=(name,)) for name in ("gaussian", "scaled_l1", "mask", "target")),
     *(Case("loss", F32, shape=ODD, options=(name,)) for name in ("gaussian", "scaled_sample", "weight")),
+    *(Case("loss", F32, shape=ODD, options=(name,)) for name in ("extra_map", "recon_weight", "recon_weight_map")),
+    Case("loss", BF16, U8, shape=ODD, options=("recon_weight_map", "scaled_sample", "mask", "beta")),
     *(Case("whole_loss", F32, shape=ODD, options=(name,)) for name in ("prior", "dim", "dim_mask")),
     Case("whole_loss", BF16, U8, shape=ODD, clamp=True, options=("dim", "mask", "bernoulli")),
 ]

@@ -44,11 +44,13 @@ class Images(NamedTuple):
     dtarget: Tensor | None = None
     dlog_scale: Tensor | None = None
     dextra: Tensor | None = None
+    weight: Tensor | None = None  # of each element, of the gradients too
     coefficient: Tensor | None = None  # of the gradients, where each sample has its own
+    unweighed: Tensor | None = None  # added to the product of both
 
     @property
     def dtype(self) -> torch.dtype:
-        return compute_dtype(self.recon, self.target, self.log_scale, self.extra)
+        return compute_dtype(self.recon, self.target, self.log_scale, self.extra, self.weight)
 
 
 def sum_errors(images: Images, coefficient: Coefficient, options: ErrorOptions, *, per_sample: bool) -> Tensor:
@@ -99,9 +101,32 @@ def _sum_squares(images: Images, coefficient: Coefficient, options: ErrorOptions
     return [torch.cat(sums).square_().sum()] if by_rows else sums
 
 
-def write_gradients(images: Images, coefficient: Coefficient, options: ErrorOptions) -> None:
-    """Write the gradients that have a buffer, times `coefficient`: one number, or [B]."""
+def sum_weighed_errors(images: Images, coefficient: Coefficient, options: ErrorOptions) -> tuple[Tensor, Tensor]:
+    """[B], sums of the errors and of the errors times weights; gradients as in `sum_errors`."""
     images, coefficient = _with_rows(images, coefficient)
+    filler = _Filler(images, coefficient, options)
+    sums: list[Tensor] = []
+    weighed: list[Tensor] = []
+    for piece in _pieces(images, _BUFFERED_PIECE, per_sample=True):
+        errors = filler.fill(piece)
+        sums.append(_sample_sums(errors))
+        weighed.append(_sample_sums(filler.weigh(piece, errors)))
+    if not sums:
+        nothing = images.recon.new_zeros(images.recon.shape[0], dtype=images.dtype)
+        return nothing, nothing
+    return torch.cat(sums), torch.cat(weighed)
+
+
+def write_gradients(
+    images: Images, coefficient: Coefficient, options: ErrorOptions, unweighed: Coefficient = 0.0
+) -> None:
+    """Write the gradients that have a buffer, times `coefficient`: one number, or [B].
+
+    Where elements have weights the factor is weight * coefficient + unweighed.
+    """
+    images, coefficient = _with_rows(images, coefficient)
+    if images.weight is not None and isinstance(unweighed, Tensor):
+        images = images._replace(unweighed=rows(unweighed, images.recon).expand(images.recon.shape))
     filler = _Filler(images, coefficient, options)
     for piece in _pieces(images, _BUFFERED_PIECE, per_sample=False):
         filler.write_gradients(piece)
@@ -116,7 +141,8 @@ def _with_rows(images: Images, coefficient: Coefficient) -> tuple[Images, Coeffi
 
 def _is_plain(images: Images, options: ErrorOptions) -> bool:
     """Whether the loss is the squared error alone, which takes fewer passes."""
-    return options.name == "l2" and images.log_scale is None and images.extra is None and images.mask is None
+    plain = images.log_scale is None and images.extra is None and images.mask is None and images.weight is None
+    return plain and options.name == "l2"
 
 
 def _pieces(images: Images, size: int, *, per_sample: bool) -> Iterator[Images]:
@@ -221,6 +247,11 @@ class _Filler:
         recon = piece.recon
         likelihood = ERRORS[self.options.name]
         coefficient = self.coefficient if piece.coefficient is None else piece.coefficient.to(self.dtype)
+        if piece.weight is not None:
+            weights = self._converted("weights", piece.weight)
+            coefficient = torch.mul(weights, coefficient, out=self._buffer("weighed", recon))
+            if piece.unweighed is not None:
+                coefficient.add_(piece.unweighed)
         selected = None  # all bits set where the mask selects: to mask by them is fast, and gives 0 for NaN
         if piece.mask is not None:
             selected = self._buffer("selected", recon, _BITS[self.dtype]).copy_(piece.mask).neg_()
@@ -252,11 +283,11 @@ class _Filler:
             by_target = gradient.neg() if likelihood.of_difference else likelihood.target_gradient(part).mul_(weight)  # type: ignore[union-attr]
             _write(piece.dtarget, by_target, selected)
         if piece.dextra is not None:
-            _write(piece.dextra, part.scratch("a").copy_(weight), selected)
+            _write(piece.dextra, part.scratch("a").copy_(weight).mul_(self.options.extra_scale), selected)
         if errors is None:
             return
         if piece.extra is not None:
-            errors.add_(self._converted("extra", piece.extra))
+            errors.add_(self._converted("extra", piece.extra), alpha=self.options.extra_scale)
         if piece.log_scale is not None:
             errors.mul_(inverse_scale)
             if piece.dlog_scale is not None:
@@ -264,6 +295,14 @@ class _Filler:
             errors.add_(log_scale)
         if selected is not None:
             _select(errors, selected)
+
+    def weigh(self, piece: Images, errors: Tensor) -> Tensor:
+        """Errors times weights, in place."""
+        assert piece.weight is not None
+        errors.mul_(self._converted("weights", piece.weight))
+        if piece.mask is not None:  # weights outside may be NaN
+            _select(errors, self._buffer("selected", piece.recon, _BITS[self.dtype]))
+        return errors
 
     def _target(self, piece: Images) -> Tensor:
         target = self._converted("target", piece.target)

@@ -97,6 +97,10 @@ def _image_program(
         )
     else:
         coefficient = load(coefficients.error + rows, rows < geometry.n_rows, geometry.dtype)
+    unweighed = 0.0
+    if images.weight is not None:
+        unweighed = coefficient
+        coefficient = load(coefficients.weighed + rows, rows < geometry.n_rows, geometry.dtype)
     n_steps = geometry.steps
     factor = coefficient
     exact = False
@@ -121,9 +125,9 @@ def _image_program(
         elif images.target is None:  # recon is gone: its gradient took its place
             pass
         elif whole:
-            image_tile(images, ptrs, likelihood, coefficient, None, geometry.dtype)
+            image_tile(images, ptrs, likelihood, coefficient, unweighed, None, geometry.dtype)
         else:
-            image_tile(images, ptrs, likelihood, coefficient, mask, geometry.dtype)
+            image_tile(images, ptrs, likelihood, coefficient, unweighed, mask, geometry.dtype)
         first_col += geometry.block_cols
 
 
@@ -252,12 +256,16 @@ def elbo_bwd(
     no_image = drecon is None and dtarget is None and dlog_scale is None and dextra_map is None
     no_latent = dmu is None and dlogvar is None and dprior_mu is None and dprior_logvar is None
     with on_device(plan.device):
-        beta = recon_weight = coefficients = None
+        beta = recon_weight = weight_map = coefficients = None
         if plan.sample_options is None:
             beta, recon_weight, _ = pack_all(*(seen_numbers(plan, saved, numbers) if saved else numbers))
         else:
-            buffers = Samples(small[0], small[1], small[2], dkl)
-            numbers_grad = ElboNumbers(*small[3:])
+            # a gradient of the reconstruction term has no part in what the forward pass weighed and wrote
+            held = held and (per_sample[-1] is None or drecon_term is None)
+            if plan.weighs_elements:
+                *per_sample, weight_map = per_sample
+            buffers = Samples(small[0], small[1], small[2], small[3], small[4], dkl)
+            numbers_grad = ElboNumbers(*small[5:])
             coefficients = sample_gradients(plan, Samples(*per_sample), saved, upstream, buffers, numbers_grad)
             dkl = None
         image_programs = 0 if no_image else plan.image_programs_bwd
@@ -268,7 +276,8 @@ def elbo_bwd(
         recon = drecon if recon is None else recon
         images, latents = _NO_IMAGES, _NO_LATENTS
         if image_programs:
-            images = Images(recon, target, log_scale, mask, extra_map, drecon, dtarget, dlog_scale, dextra_map)
+            by_element = drecon, dtarget, dlog_scale, dextra_map
+            images = Images(recon, target, log_scale, mask, extra_map, weight_map, *by_element)
         if latent_programs > image_programs:
             latents = Latents(mu, logvar, prior_mu, prior_logvar, kl_mask, dmu, dlogvar, dprior_mu, dprior_logvar)
         _elbo_bwd_kernel.run(

@@ -16,37 +16,51 @@ from .elbo_samples_fwd import sample_terms_fwd
 from .images import Images, image_pointers, image_tile
 from .latents import Latents, apply_free_bits, kl_tile, latent_pointers
 from .plan import ElboPlan
-from .samples import Samples, error_factor
+from .samples import ImagePartials, Samples, error_factor
 
-_NO_IMAGES, _NO_LATENTS = Images(), Latents()
+_NO_IMAGES, _NO_LATENTS, _NO_PARTIALS = Images(), Latents(), ImagePartials()
 _STRIDES: tuple[tuple[int, ...], ...] = (), (1,)  # of a scalar, and of one value per sample
 
 
 @triton.jit
-def _image_program(pid, images, likelihood, geometry, partials_ptr, count_partials_ptr, factor, samples, options):
+def _image_program(pid, images, likelihood, geometry, partials, factor, samples, options):
     first_row, first_col, rows = tile_origin(pid, geometry)
     row_factor = error_factor(
         samples, options, unpack_f64(factor, geometry.dtype), rows, rows < geometry.n_rows, geometry.dtype
     )
     errors = tl.zeros([geometry.block_rows, geometry.block_cols], geometry.dtype)
     counts = tl.zeros([geometry.block_rows, geometry.block_cols], geometry.dtype)
+    weighed = tl.zeros([geometry.block_rows, geometry.block_cols], geometry.dtype)
+    weights = tl.zeros([geometry.block_rows, geometry.block_cols], geometry.dtype)
     for _ in range(geometry.steps):
         cols = first_col + tl.arange(0, geometry.block_cols)[None, :]
         ptrs = image_pointers(images, geometry, rows, cols)
         if full_tile(first_row, first_col, geometry):
-            errors += image_tile(images, ptrs, likelihood, row_factor, None, geometry.dtype)
-            if count_partials_ptr is not None:
+            error, weight = image_tile(images, ptrs, likelihood, row_factor, 0.0, None, geometry.dtype)
+            if partials.counts is not None:
                 counts += load(ptrs.mask, None, geometry.dtype)
         else:
             mask = (rows < geometry.n_rows) & (cols < geometry.n_cols)
-            errors += image_tile(images, ptrs, likelihood, row_factor, mask, geometry.dtype)
-            if count_partials_ptr is not None:
+            error, weight = image_tile(images, ptrs, likelihood, row_factor, 0.0, mask, geometry.dtype)
+            if partials.counts is not None:
                 counts += load(ptrs.mask, mask, geometry.dtype)
+        errors += error
+        if images.weight is not None:
+            weighed += error * weight
+            weights += weight
         first_col += geometry.block_cols
     offsets = rows * geometry.n_col_programs + pid % geometry.n_col_programs
-    tl.store(partials_ptr + offsets, tl.sum(errors, axis=1)[:, None], mask=rows < geometry.n_rows)
-    if count_partials_ptr is not None:
-        tl.store(count_partials_ptr + offsets, tl.sum(counts, axis=1)[:, None], mask=rows < geometry.n_rows)
+    _store_sums(partials.errors, offsets, errors, rows < geometry.n_rows)
+    if partials.counts is not None:
+        _store_sums(partials.counts, offsets, counts, rows < geometry.n_rows)
+    if images.weight is not None:
+        _store_sums(partials.weighed, offsets, weighed, rows < geometry.n_rows)
+        _store_sums(partials.weights, offsets, weights, rows < geometry.n_rows)
+
+
+@triton.jit
+def _store_sums(ptr, offsets, values, mask):
+    tl.store(ptr + offsets, tl.sum(values, axis=1)[:, None], mask=mask)
 
 
 @triton.jit
@@ -82,8 +96,7 @@ def _elbo_fwd_kernel(
     factor,  # of the gradients that are written: bits of a float64
     samples,  # Samples that multiply it, or None
     sample_options,
-    recon_partials_ptr,  # [image_rows, image_col_programs], written
-    count_partials_ptr,  # the same, numbers of selected elements; None: not wanted
+    partials,  # ImagePartials, [image_rows, image_col_programs], written
     latents,  # Latents: pointers; no latents where mu is None
     bounds,  # Bounds
     latent_geometry,  # Geometry
@@ -98,8 +111,7 @@ def _elbo_fwd_kernel(
                 images,
                 likelihood,
                 image_geometry,
-                recon_partials_ptr,
-                count_partials_ptr,
+                partials,
                 factor,
                 samples,
                 sample_options,
@@ -165,13 +177,20 @@ def elbo_fwd(
     beta, recon_weight, _ = numbers
     factor = 0.0 if drecon is None else plan.recon_scale * recon_weight
     factor, recon_weight, beta = pack_all(factor, recon_weight, beta)
-    recon_partials = count_partials = free_bits_partials = None
+    recon_partials = free_bits_partials = weight_map = None
+    image_partials = _NO_PARTIALS
     kl_partials = kl
     images, latents = _NO_IMAGES, _NO_LATENTS
+    if plan.weighs_elements:
+        *per_sample, weight_map = per_sample
     if plan.image_programs:
         recon_partials = torch.empty_strided(*plan.recon_partials, dtype=plan.recon_dtype, device=plan.device)
         count_partials = torch.empty_like(recon_partials) if plan.counts_mask else None
-        images = Images(recon, target, log_scale, mask, extra_map, drecon, None, dlog_scale)
+        image_partials = ImagePartials(recon_partials, count_partials)
+        if plan.weighs_elements:
+            weights = torch.empty_like(recon_partials), torch.empty_like(recon_partials)
+            image_partials = ImagePartials(recon_partials, count_partials, *weights)
+        images = Images(recon, target, log_scale, mask, extra_map, weight_map, drecon, None, dlog_scale)
     if plan.latent_programs:
         kl_partials = torch.empty_strided(*plan.kl_partials, dtype=plan.kl_dtype, device=plan.device)
         free_bits_partials = None if plan.bounds.free_bits is None else torch.empty_like(kl_partials)
@@ -192,8 +211,7 @@ def elbo_fwd(
                 factor=factor,
                 samples=None if drecon is None else samples,
                 sample_options=plan.sample_options,
-                recon_partials_ptr=recon_partials,
-                count_partials_ptr=count_partials,
+                partials=image_partials,
                 latents=latents,
                 bounds=plan.bounds,
                 latent_geometry=plan.latent,
@@ -202,7 +220,7 @@ def elbo_fwd(
                 num_warps=NUM_WARPS,
                 enable_fp_fusion=True,
             )
-        partials = recon_partials, count_partials, kl_partials, free_bits_partials
+        partials = image_partials, kl_partials, free_bits_partials
         if samples is not None:
             saved = sample_terms_fwd(plan, partials, samples, numbers, loss, recon_term, kl_term)
             return loss, recon_term, kl_term, saved

@@ -4,7 +4,6 @@ latents.
 
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,6 +21,7 @@ class SampleCoefficients(NamedTuple):
     held: Any = None  # of gradients that the forward pass wrote
     kl: Any = None
     free_bits: Any = None
+    weighed: Any = None  # of errors, times the weight of each element, where elements have weights
 
 
 @triton.jit
@@ -58,14 +58,14 @@ def _store_number(ptr, value):
 
 @triton.jit(do_not_specialize=["kl_normalizer"])
 def _sample_gradients_kernel(
-    sums_ptr,  # [4, n_rows] float64, read
+    sums_ptr,  # [4 or 6, n_rows] float64, read: see `sample_terms`
     samples,  # Samples
     sample_options,  # SampleOptions
     state_ptr,  # [N_STATE] float64, read
     dloss_ptr,  # 0-d or [n_rows], read, as are the next two; None: no gradient was given
     drecon_term_ptr,
     dkl_term_ptr,
-    coefficients_ptr,  # [4, n_rows] float64, written: see `SampleCoefficients`
+    coefficients_ptr,  # [5, n_rows] float64, written: see `SampleCoefficients`
     gradients,  # Samples, written
     number_gradients,  # ElboNumbers: 0-d, written; None: not wanted
     kl_normalizer,  # bits of a float64
@@ -94,34 +94,46 @@ def _sample_gradients_kernel(
         drecon_term = _upstream(drecon_term_ptr, rows, mask, PER_SAMPLE)
         dkl_term = _upstream(dkl_term_ptr, rows, mask, PER_SAMPLE)
         weight = sample_weights(samples, rows, mask)
-        recon, kl, regularized, counts, scaled, inverse_scale, slope, passes, capacity_sign = sample_terms(
-            sums_ptr, samples, sample_options, capacity, rows, n_rows
-        )
-        of_recon = (dloss * recon_weight + drecon_term) * normalizer
+        terms = sample_terms(sums_ptr, samples, sample_options, capacity, rows, n_rows)
+        of_loss, of_recon = dloss * recon_weight * normalizer, drecon_term * normalizer
+        if not sample_options.weighs_elements:
+            of_recon += of_loss * terms.recon_weight
         of_kl = dkl_term * kl_factor
-        of_regularized = dloss * beta * kl_factor * batch_sign
-        by_error = tl.where(counts == 0, 0.0, of_recon * weight * inverse_scale)
-        through = of_regularized * weight * capacity_sign * passes
+        of_regularized = dloss * beta * kl_factor * batch_sign * terms.beta
+        empty = terms.counts == 0
+        by_error = tl.where(empty, 0.0, of_recon * weight * terms.inverse_scale)
+        of_images, of_counts = of_recon * terms.recon, by_error * terms.counts
+        nll_weight = unpack_f64(sample_options.nll_weight, tl.float64)
+        of_scale = of_recon * (terms.counts * nll_weight - terms.scaled)
+        error_weight = unpack_f64(sample_options.error_weight, tl.float64)
+        tl.store(coefficients_ptr + rows, by_error * error_weight, mask=mask)
+        if sample_options.weighs_elements:
+            by_weighed = tl.where(empty, 0.0, of_loss * weight * terms.inverse_scale)
+            of_images += of_loss * terms.weighed
+            of_counts += by_weighed * terms.weights
+            of_scale += of_loss * (terms.weights * nll_weight - terms.weighed_scaled)
+            tl.store(coefficients_ptr + 4 * n_rows + rows, by_weighed * error_weight, mask=mask)
+        through = of_regularized * weight * terms.capacity_sign * terms.passes
         coefficient_kl = of_kl * weight
         if not HAS_ELEMENT_FREE_BITS:
             coefficient_kl += through
-        tl.store(coefficients_ptr + rows, by_error * unpack_f64(sample_options.error_weight, tl.float64), mask=mask)
         tl.store(coefficients_ptr + n_rows + rows, dloss + drecon_term / recon_weight, mask=mask)
         tl.store(coefficients_ptr + 2 * n_rows + rows, coefficient_kl, mask=mask)
         tl.store(coefficients_ptr + 3 * n_rows + rows, through, mask=mask)
         _store(gradients.kl, coefficient_kl, rows, mask)
-        _store(gradients.weight, of_recon * recon + of_kl * kl + of_regularized * regularized, rows, mask)
-        _store(gradients.extra, by_error * counts * unpack_f64(sample_options.extra_weight, tl.float64), rows, mask)
+        _store(gradients.weight, of_images + of_kl * terms.kl + of_regularized * terms.regularized, rows, mask)
+        _store(gradients.extra, of_counts * unpack_f64(sample_options.extra_weight, tl.float64), rows, mask)
+        _store(gradients.recon_weight, of_loss * weight * terms.recon, rows, mask)
+        _store(gradients.beta, dloss * beta * kl_factor * weight * terms.regularized, rows, mask)
         if gradients.log_scale is not None:
-            of_scale = counts * unpack_f64(sample_options.nll_weight, tl.float64) - scaled
-            dlog_scale = tl.where((counts == 0) | ~mask, 0.0, of_recon * weight * of_scale * slope)
+            dlog_scale = tl.where(empty | ~mask, 0.0, of_scale * weight * terms.slope)
             dlog_scales += dlog_scale
             if not sample_options.one_scale:
                 _store(gradients.log_scale, dlog_scale, rows, mask)
         if PER_SAMPLE:
-            dbetas += tl.where(mask, dloss * weight * regularized, 0.0)
-            drecon_weights += tl.where(mask, dloss * weight * recon, 0.0)
-        dcapacities -= tl.where(mask, of_regularized * weight * capacity_sign, 0.0)
+            dbetas += tl.where(mask, dloss * weight * terms.regularized, 0.0)
+            drecon_weights += tl.where(mask, dloss * weight * terms.recon, 0.0)
+        dcapacities -= tl.where(mask, of_regularized * weight * terms.capacity_sign, 0.0)
     if sample_options.one_scale:
         _store_number(gradients.log_scale, tl.sum(dlog_scales))
     if PER_SAMPLE:
@@ -154,8 +166,8 @@ def sample_gradients(
         gradients, number_gradients: Buffers; None where no gradient is wanted.
     """
     sums, state = saved
-    coefficients = torch.empty_like(sums)
     n_rows = plan.fold[0]
+    coefficients = sums.new_empty((len(SampleCoefficients._fields), n_rows))
     n_blocks = triton.cdiv(n_rows, BLOCK)
     one_program = any(t is not None for t in number_gradients) or (
         gradients.log_scale is not None and gradients.log_scale.ndim == 0

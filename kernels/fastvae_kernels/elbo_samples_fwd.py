@@ -14,17 +14,16 @@ from torch import Tensor
 from ._reduce import fold
 from ._tile import NUM_WARPS, pack_all, unpack_f64
 from .plan import ElboPlan
-from .samples import BLOCK, N_STATE, Samples, sample_terms, sample_weights
+from .samples import BLOCK, N_STATE, ImagePartials, Samples, sample_terms, sample_weights
 from .types import ElboNumbers
 
 
 @triton.jit(do_not_specialize=["n_elements"])
 def _sample_sums_kernel(
-    recon_partials_ptr,  # [n_rows, n_recon_partials], read; None: no images
-    count_partials_ptr,  # [n_rows, n_recon_partials], read; None: all elements count
+    partials,  # ImagePartials, [n_rows, n_recon_partials], read; no counts: all elements count
     kl_partials_ptr,  # [n_rows, n_kl_partials], read; None: no KL
     free_bits_partials_ptr,  # [n_rows, n_kl_partials], read; None: no free bits by element
-    sums_ptr,  # [4, n_rows] float64, written
+    sums_ptr,  # [4 or 6, n_rows] float64, written: see `sample_terms`
     n_elements,  # of a sample: bits of a float64
     n_rows,
     n_recon_partials,
@@ -35,10 +34,10 @@ def _sample_sums_kernel(
 ):
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     mask = rows < n_rows
-    errors = fold(recon_partials_ptr, rows, n_rows, n_recon_partials, BLOCK_ROWS, RECON_COLS)
+    errors = fold(partials.errors, rows, n_rows, n_recon_partials, BLOCK_ROWS, RECON_COLS)
     counts = tl.zeros([BLOCK_ROWS], tl.float64) + unpack_f64(n_elements, tl.float64)
-    if count_partials_ptr is not None:
-        counts = fold(count_partials_ptr, rows, n_rows, n_recon_partials, BLOCK_ROWS, RECON_COLS)
+    if partials.counts is not None:
+        counts = fold(partials.counts, rows, n_rows, n_recon_partials, BLOCK_ROWS, RECON_COLS)
     kl = fold(kl_partials_ptr, rows, n_rows, n_kl_partials, BLOCK_ROWS, KL_COLS)
     regularized = kl
     if free_bits_partials_ptr is not None:
@@ -47,11 +46,16 @@ def _sample_sums_kernel(
     tl.store(sums_ptr + n_rows + rows, counts, mask=mask)
     tl.store(sums_ptr + 2 * n_rows + rows, kl, mask=mask)
     tl.store(sums_ptr + 3 * n_rows + rows, regularized, mask=mask)
+    if partials.weights is not None:
+        weighed = fold(partials.weighed, rows, n_rows, n_recon_partials, BLOCK_ROWS, RECON_COLS)
+        weights = fold(partials.weights, rows, n_rows, n_recon_partials, BLOCK_ROWS, RECON_COLS)
+        tl.store(sums_ptr + 4 * n_rows + rows, weighed, mask=mask)
+        tl.store(sums_ptr + 5 * n_rows + rows, weights, mask=mask)
 
 
 @triton.jit(do_not_specialize=["recon_normalizer", "kl_normalizer"])
 def _sample_terms_kernel(
-    sums_ptr,  # [4, n_rows] float64, read
+    sums_ptr,  # [4 or 6, n_rows] float64, read
     samples,  # Samples
     sample_options,  # SampleOptions
     numbers,  # ElboNumbers: bits of float64s, or pointers
@@ -75,6 +79,7 @@ def _sample_terms_kernel(
         capacity = unpack_f64(numbers.capacity, tl.float64)
     normalizer, kl_factor = unpack_f64(recon_normalizer, tl.float64), unpack_f64(kl_normalizer, tl.float64)
     recons = tl.zeros([BLOCK], tl.float64)
+    weigheds = tl.zeros([BLOCK], tl.float64)
     kls = tl.zeros([BLOCK], tl.float64)
     regularizeds = tl.zeros([BLOCK], tl.float64)
     n_selected = tl.zeros([BLOCK], tl.float64)
@@ -82,17 +87,16 @@ def _sample_terms_kernel(
         rows = (pid * n_blocks + block) * BLOCK + tl.arange(0, BLOCK)
         mask = rows < n_rows
         weight = sample_weights(samples, rows, mask)
-        recon, kl, regularized, counts, _, _, _, _, _ = sample_terms(
-            sums_ptr, samples, sample_options, capacity, rows, n_rows
-        )
-        recons += tl.where(mask & (counts != 0), weight * recon, 0.0)
-        kls += tl.where(mask, weight * kl, 0.0)
-        regularizeds += tl.where(mask, weight * regularized, 0.0)
-        n_selected += tl.where(mask, counts, 0.0)
+        terms = sample_terms(sums_ptr, samples, sample_options, capacity, rows, n_rows)
+        recons += tl.where(mask & (terms.counts != 0), weight * terms.recon, 0.0)
+        weigheds += tl.where(mask & (terms.counts != 0), weight * terms.weighed, 0.0)
+        kls += tl.where(mask, weight * terms.kl, 0.0)
+        regularizeds += tl.where(mask, weight * terms.beta * terms.regularized, 0.0)
+        n_selected += tl.where(mask, terms.counts, 0.0)
     if PER_SAMPLE:
         rows = pid * BLOCK + tl.arange(0, BLOCK)
         mask = rows < n_rows
-        tl.store(loss_ptr + rows, (recon_weight * recons + beta * regularizeds).to(dtype), mask=mask)
+        tl.store(loss_ptr + rows, (recon_weight * weigheds + beta * regularizeds).to(dtype), mask=mask)
         tl.store(recon_ptr + rows, recons.to(dtype), mask=mask)
         tl.store(kl_ptr + rows, kls.to(dtype), mask=mask)
         recon_term, excess = recon_weight * 0.0, recon_weight * 0.0
@@ -108,7 +112,7 @@ def _sample_terms_kernel(
             if not sample_options.capacity_per_sample:
                 excess -= capacity * (kl_factor * n_rows)
                 regularized_term = tl.abs(excess)
-        tl.store(loss_ptr, (recon_weight * recon_term + beta * regularized_term).to(dtype))
+        tl.store(loss_ptr, (recon_weight * tl.sum(weigheds) * normalizer + beta * regularized_term).to(dtype))
         tl.store(recon_ptr, recon_term.to(dtype))
         tl.store(kl_ptr, (tl.sum(kls) * kl_factor).to(dtype))
     if pid == 0:
@@ -122,7 +126,7 @@ def _sample_terms_kernel(
 
 def sample_terms_fwd(
     plan: ElboPlan,
-    partials: tuple[Tensor | None, ...],
+    partials: tuple[ImagePartials, Tensor | None, Tensor | None],
     samples: Samples,
     numbers: Sequence[Any],
     loss: Tensor,
@@ -132,11 +136,11 @@ def sample_terms_fwd(
     """Write the terms; return the sums of each sample and the state, which the backward pass needs.
 
     Args:
-        partials: Partial sums of (errors, selected elements, KL, KL under free bits) of each sample.
+        partials: Partial sums of the images, of the KL, and of the KL under free bits of each sample.
     """
     assert plan.sample_options is not None
     n_rows, per_sample = plan.fold[0], plan.shape != ()
-    sums = loss.new_empty((4, n_rows), dtype=torch.float64)
+    sums = loss.new_empty((4 if partials[0].weights is None else 6, n_rows), dtype=torch.float64)
     state = loss.new_empty(N_STATE, dtype=torch.float64)
     if plan.fold_programs:
         _sample_sums_kernel[(plan.fold_programs,)](

@@ -23,6 +23,7 @@ class Likelihood(NamedTuple):
     parameter: Any
     target_scale: Any
     target_shift: Any
+    extra_scale: Any
     outside: Any  # what recon is read as in lanes outside the tensors; the target is 0 there, before its shift
     zero_outside: Any  # their error is then 0, and needs no mask
 
@@ -187,12 +188,11 @@ ZERO_WHERE_EQUAL = {"l2", "l1", "huber"}
 
 
 def likelihood(options: Any, recon: Any, target: Any) -> Likelihood:
-    """What kernels take for `options` (.name, .parameter, .target_scale, .target_shift, the last two for uint8) on
-    images of these metas.
-    """
+    """What kernels take for `options`, an `ErrorOptions`, on images of these metas."""
     byte = target is not None and target.dtype == torch.uint8
     scale, shift = (options.target_scale, options.target_shift) if byte else (1.0, 0.0)
     exact = shift == 0 or torch.tensor(shift, dtype=recon.dtype, device="cpu").item() == shift
     exact = exact and math.isfinite(scale) and math.isfinite(shift)
-    constants = (options.parameter, scale, shift, shift if exact else 0.0, options.name in ZERO_WHERE_EQUAL and exact)
+    outside = shift if exact else 0.0, options.name in ZERO_WHERE_EQUAL and exact
+    constants = options.parameter, scale, shift, options.extra_scale, *outside
     return Likelihood(*PAIRS[options.name], *map(tl.constexpr, constants))

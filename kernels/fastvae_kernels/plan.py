@@ -35,6 +35,7 @@ class ElboPlan(NamedTuple):
     recon_partials: tuple[tuple[int, int], tuple[int, int]]  # shape and strides
     recon_dtype: torch.dtype
     counts_mask: bool
+    weighs_elements: bool
     kl_partials: tuple[tuple[int, int], tuple[int, int]]
     kl_dtype: torch.dtype
     n_kl: int
@@ -91,8 +92,9 @@ def plan_elbo(metas: ElboTensors, numbers: ElboNumbers, options: ElboOptions, wr
         likelihood=None if metas.recon is None else likelihood(options.error, metas.recon, metas.target),
         bounds=bounds_of(options),
         recon_partials=((image.n_rows, image.n_col_programs), (image.n_col_programs, 1)),
-        recon_dtype=compute_dtype(metas.recon, metas.target, metas.log_scale, metas.extra_map),
+        recon_dtype=compute_dtype(*metas[:4], metas.weight_map),
         counts_mask=by_sample and metas.mask is not None,
+        weighs_elements=metas.weight_map is not None,
         kl_partials=((latent.n_rows, latent.n_col_programs), (latent.n_col_programs, 1)),
         kl_dtype=compute_dtype(*metas[4:8]),
         n_kl=0 if metas.kl is None else batch,
@@ -112,7 +114,7 @@ def plan_elbo(metas: ElboTensors, numbers: ElboNumbers, options: ElboOptions, wr
 
 
 def _images(metas: ElboTensors, gradients: ElboTensors) -> Images:
-    inputs = metas.recon, metas.target, metas.log_scale, metas.mask, metas.extra_map
+    inputs = metas.recon, metas.target, metas.log_scale, metas.mask, metas.extra_map, metas.weight_map
     return Images(*inputs, gradients.recon, gradients.target, gradients.log_scale, gradients.extra_map)
 
 
