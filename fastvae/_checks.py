@@ -1,4 +1,4 @@
-"""The only place that raises on what a caller passes.
+"""Checks of arguments. Only this module and the two that it uses raise errors for them.
 
 A tensor may be given as its `TensorMeta`. No check reads a tensor's values, so none waits for a device.
 """
@@ -90,8 +90,8 @@ def prior(value: Any, mu: Tensor) -> tuple[Tensor, Tensor]:
         raise TypeError(f"prior must be None or a pair of tensors (mu, logvar); got {type(value).__name__}.")
     for name, tensor in zip(("prior's mu", "prior's logvar"), value, strict=True):
         if not isinstance(tensor, Tensor) or tensor.dtype not in FLOATS:
-            came = names([tensor.dtype]) if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"{name} must be a tensor of {names(FLOATS)}; got {came}.")
+            passed = names([tensor.dtype]) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{name} must be a tensor of {names(FLOATS)}; got {passed}.")
     return expanded("prior's mu", value[0], "mu", mu), expanded("prior's logvar", value[1], "mu", mu)
 
 
@@ -207,14 +207,14 @@ def kl_given(
     if not (prior is None and free_bits is None and kl_mask is None):
         given = {"prior": prior, "free_bits": free_bits, "kl_mask": kl_mask}
         names = ", ".join(name for name, value in given.items() if value is not None)
-        fail(f"{names} cannot act on kl=, which is already measured. Pass mu and logvar instead.")
+        fail(f"{names} cannot act on kl=, which is a KL already. Pass mu and logvar instead.")
     if mu is not None:
         float_tensor("mu", mu)
         float_tensor("recon", recon)
         same_device("recon", recon, "mu", mu)
         same_batch(recon, mu)
     elif kl_reduction == "mean":
-        fail('kl_reduction="mean" divides by the number of latents, which kl= does not tell. Pass mu too.')
+        fail('kl_reduction="mean" divides by the number of latents, which kl= does not contain. Pass mu too.')
 
 
 def beta(value: Any, recon: Tensor) -> tuple[float | Tensor, Tensor | None]:

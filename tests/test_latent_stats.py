@@ -22,8 +22,8 @@ SHAPES = [
 ]
 
 
-def gaussian(shape, dtype, spread=1.0):
-    return tuple(torch.randn(shape, dtype=torch.float64).mul(spread).to(dtype) for _ in range(2))
+def gaussian(shape, dtype, scale=1.0):
+    return tuple(torch.randn(shape, dtype=torch.float64).mul(scale).to(dtype) for _ in range(2))
 
 
 def check_against_oracle(mu, logvar, stats, bounds=None):
@@ -80,7 +80,7 @@ def test_dimensions_come_in_their_own_order(backend, layout):
 
 @pytest.mark.parametrize("bounds", [(-0.5, 0.75), (-30.0, 20.0), (-0.1, 0.1)], ids=str)
 def test_clamped_logvar_is_counted(backend, bounds):
-    mu, logvar = gaussian((300, 40), torch.float32, spread=2.0)
+    mu, logvar = gaussian((300, 40), torch.float32, scale=2.0)
     check_against_oracle(mu, logvar, latent_stats(mu, logvar, logvar_clamp=bounds), bounds)
 
 

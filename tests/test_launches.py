@@ -1,7 +1,7 @@
 """How many launches a loss costs on the kernels, small torch ops included: no option leaves the fused path.
 
-Launches are recorded instead of made, and torch's operators are counted by the profiler: neither changes the way that a
-call takes, as a dispatch mode would.
+Launches are recorded instead of made, and torch's operators are counted by the profiler: neither reroutes the
+call, as a dispatch mode would.
 """
 
 from collections import Counter

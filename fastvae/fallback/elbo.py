@@ -1,4 +1,4 @@
-"""The loss of a VAE in few passes: what the kernel of this name does, for any device."""
+"""The loss of a VAE in few passes over memory, on any device."""
 
 import math
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from .images import Coefficient, Images, sum_errors, sum_weighed_errors, write_g
 
 
 class ElboPlan(NamedTuple):
-    """What one kind of call comes to."""
+    """The options of calls with equal signatures."""
 
     options: ElboOptions
     by_sample: bool  # options act on samples
@@ -62,7 +62,7 @@ Outputs = tuple[Tensor, Tensor, Tensor, tuple[Any, ...]]
 
 
 def plan_elbo(metas: ElboTensors, numbers: ElboNumbers, options: ElboOptions, writes_gradient: bool) -> ElboPlan:
-    """As the function of this name of the kernels."""
+    """See `fastvae_kernels.elbo`."""
     first = next(meta for meta in metas if meta is not None)
     return ElboPlan(
         options=options,
@@ -79,7 +79,7 @@ def plan_elbo(metas: ElboTensors, numbers: ElboNumbers, options: ElboOptions, wr
 def elbo_fwd(
     plan: ElboPlan, inputs: Sequence[Any], numbers: Sequence[Any], drecon: Tensor | None, dlog_scale: Tensor | None
 ) -> Outputs:
-    """As the function of this name of the kernels."""
+    """See `fastvae_kernels.elbo`."""
     tensors = ElboTensors(*inputs)
     if plan.by_sample:
         return _elbo_fwd_by_sample(plan, tensors, ElboNumbers(*numbers), drecon, dlog_scale)
@@ -171,7 +171,7 @@ def elbo_bwd(
     *,
     held: bool,
 ) -> Sequence[Tensor | None]:
-    """As the function of this name of the kernels."""
+    """See `fastvae_kernels.elbo`."""
     tensors, gradients = ElboTensors(*inputs), ElboTensors(*buffers[: len(ElboTensors._fields)])
     small: Sequence[Tensor | None] = buffers[_FIRST_SMALL:]
     dloss, drecon_term, dkl_term = upstream
@@ -210,7 +210,7 @@ def elbo_bwd(
 
 
 def seen_numbers(plan: ElboPlan, saved: tuple[Any, ...], numbers: Sequence[Any]) -> Sequence[Any]:
-    """As the function of this name of the kernels."""
+    """See `fastvae_kernels.elbo`."""
     if plan.by_sample:
         numbers = saved[0].inputs[-len(ElboNumbers._fields) :]
         return [t.detach() if isinstance(t, Tensor) else t for t in numbers]

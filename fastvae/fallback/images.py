@@ -1,7 +1,7 @@
 """Errors of images and their gradients, in passes over cache-sized pieces.
 
-On a CPU the cost of a loss is the memory it walks over, fresh pages above all. So the error is taken piece by piece,
-summed while it is in the cache, and its gradient written on the way.
+On a CPU memory traffic dominates the cost of a loss, page faults above all. So errors are computed piece by piece and
+summed while they are in the cache, and the gradient is written in the same pass.
 """
 
 from collections.abc import Iterator
@@ -19,11 +19,11 @@ from .._strides import is_dense
 from .gaussian import rows, sum_by_sample
 from .hugepages import advise_huge_pages
 
-_PIECE = 1 << 18  # elements: a float32 piece and its squares fit the second-level cache, 1 us a call is noise beside it
+_PIECE = 1 << 18  # elements: a float32 piece and its squares fit the second-level cache
 
 _BUFFERED_PIECE = 1 << 17  # where several buffers of this size take part
 
-_MOST_THREADS = 16  # that get as much each: pieces are temporary memory, too
+_MOST_THREADS = 16  # threads that enlarge a piece: pieces are temporary memory
 
 _ROW = 256
 
@@ -33,7 +33,7 @@ Coefficient = float | Tensor
 
 
 class Images(NamedTuple):
-    """Tensors of one shape: what is read, and buffers for what is asked for."""
+    """Tensors of one shape: inputs, and buffers for the gradients that are computed."""
 
     recon: Tensor
     target: Tensor
@@ -133,14 +133,14 @@ def write_gradients(
 
 
 def _with_rows(images: Images, coefficient: Coefficient) -> tuple[Images, Coefficient]:
-    """A coefficient of each sample walks along as one more tensor."""
+    """A coefficient per sample becomes one more tensor of the pieces."""
     if not isinstance(coefficient, Tensor) or coefficient.ndim == 0:
         return images, coefficient
     return images._replace(coefficient=rows(coefficient, images.recon).expand(images.recon.shape)), 1.0
 
 
 def _is_plain(images: Images, options: ErrorOptions) -> bool:
-    """The squared error alone, which has the shortest way."""
+    """Whether the loss is the squared error alone, which takes fewer passes."""
     plain = images.log_scale is None and images.extra is None and images.mask is None and images.weight is None
     return plain and options.name == "l2"
 
@@ -223,7 +223,7 @@ _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
 class _Filler:
-    """Computes errors and gradients of one piece after another, in buffers that all of them share."""
+    """Computes errors and gradients piece by piece, in buffers that all pieces share."""
 
     def __init__(self, images: Images, coefficient: Coefficient, options: ErrorOptions) -> None:
         self.options = options
@@ -235,7 +235,7 @@ class _Filler:
         self._buffers: dict[str, Tensor] = {}
 
     def fill(self, piece: Images) -> Tensor:
-        """The errors, in a buffer; gradients are written on the way."""
+        """Return the errors, in a buffer that the next piece overwrites; write the gradients."""
         errors = self._buffer("errors", piece.recon)
         self._fill(piece, errors)
         return errors
@@ -265,7 +265,7 @@ class _Filler:
         if piece.drecon is not None and piece.drecon.dtype == self.dtype:
             gradient = piece.drecon
         elif piece.drecon is not None and values is not recon and piece.dtarget is None:
-            gradient = values  # a copy that nobody reads afterwards
+            gradient = values  # a converted copy, which is not read again
         elif piece.drecon is not None or (piece.dtarget is not None and likelihood.of_difference):
             gradient = self._buffer("gradient", recon)
         part = Piece(

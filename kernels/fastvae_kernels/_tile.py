@@ -175,7 +175,7 @@ def element_offsets(
 
 @triton.jit
 def pointers(ptr, strides, geometry, rows, cols, absent):
-    """To a tile's elements; `absent`, which nobody reads, where there is no tensor: a tuple cannot hand on None."""
+    """To a tile's elements; `absent`, which is not read, without a tensor: a tuple of pointers takes no None."""
     return absent if ptr is None else ptr + element_offsets(rows, cols, strides, geometry.sizes)
 
 
@@ -189,7 +189,7 @@ def tile_origin(pid, geometry):
 
 @triton.jit
 def full_tile(first_row, first_col, geometry):
-    """Whether a tile lies within the tensors: then it needs no mask, which would narrow its accesses."""
+    """Whether a tile lies within the tensors: then it needs no mask, which would prevent wide accesses."""
     return (first_row + geometry.block_rows <= geometry.n_rows) & (first_col + geometry.block_cols <= geometry.n_cols)
 
 

@@ -1,5 +1,5 @@
 """Gradients of a VAE's loss, in one launch. Where the forward pass has written that of the reconstruction already, its
-programs read the upstream gradient and leave at once if that is what the forward pass took it for.
+programs read the upstream gradient and return at once if it is 1, as the forward pass assumed.
 """
 
 from collections.abc import Sequence
@@ -55,7 +55,7 @@ def _rescale_tile(images, ptrs, factor, mask, DTYPE: tl.constexpr):
 
 @triton.jit
 def _held_factor(recon_weight, upstream, coefficients, rows, geometry):
-    """What the gradient that the forward pass wrote has to be multiplied by, each row; 1 in rows outside."""
+    """What the gradient that the forward pass wrote has to be multiplied by, for each row; 1 in rows outside."""
     mask = rows < geometry.n_rows
     factor = tl.zeros(rows.shape, geometry.dtype)
     if coefficients is not None:
@@ -106,7 +106,7 @@ def _image_program(
     exact = False
     if RECON_GRAD_READY:
         factor = _held_factor(recon_weight, upstream, coefficients, rows, geometry)
-        # gradient 1: every row is as the forward pass left it
+        # upstream gradients of 1: what the forward pass wrote is right
         n_steps = tl.where(tl.sum((factor != 1.0).to(tl.int32)) == 0, 0, geometry.steps)
         exact = True
         if images.target is not None:
@@ -166,7 +166,7 @@ def _kl_program(pid, upstream, beta, kl_scale, dkl_ptr, n_kl, BLOCK_SIZE: tl.con
 @triton.jit(do_not_specialize=["recon_weight", "beta", "recon_scale", "kl_scale"])
 def _elbo_bwd_kernel(
     upstream,  # Upstream: pointers
-    coefficients,  # SampleCoefficients; None: upstream, numbers and scales tell them
+    coefficients,  # SampleCoefficients; None: computed from upstream, numbers and scales
     recon_weight,  # bits of a float64 or pointer, as is beta
     beta,
     recon_scale,  # bits of a float64, as is kl_scale

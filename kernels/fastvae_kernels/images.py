@@ -1,4 +1,4 @@
-"""The reconstruction term on a tile: its error, and its gradients on the way."""
+"""The reconstruction term on a tile: errors and gradients."""
 
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ from .gaussian import exp
 
 
 class Images(NamedTuple):
-    """Tensors, or strides, of one shape. None: not there, or not wanted."""
+    """Tensors of one shape, or their strides. None: not given, or not wanted."""
 
     recon: Any = None  # read, as are the next five
     target: Any = None
@@ -51,8 +51,8 @@ def _store(ptrs, gradient, selected, mask):
 def image_tile(images, ptrs, likelihood, coefficient, unweighed, mask, DTYPE: tl.constexpr):
     """(error of each element, its weight), both 0 in lanes outside; the gradients that have a place are stored.
 
-    `images` tells what there is, `ptrs` where. Gradients are multiplied by `coefficient`, or, where elements have
-    weights, by weight * coefficient + unweighed.
+    `images` has None for absent tensors, `ptrs` the addresses. Gradients are multiplied by `coefficient`, or, where
+    elements have weights, by weight * coefficient + unweighed.
     """
     recon, target = load(ptrs.recon, mask, DTYPE, likelihood.outside), load(ptrs.target, mask, DTYPE)
     if likelihood.target_scale != 1:

@@ -11,7 +11,7 @@ from .types import ElboOptions
 
 
 class Latents(NamedTuple):
-    """Tensors, or strides, of one shape. None: not there, or not wanted."""
+    """Tensors of one shape, or their strides. None: not given, or not wanted."""
 
     mu: Any = None  # read, as are the next four
     logvar: Any = None
@@ -25,7 +25,7 @@ class Latents(NamedTuple):
 
 
 class Bounds(NamedTuple):
-    """Bits of float64s, or None where there is no such bound."""
+    """float64s packed by `pack_f64`, or None where there is no such bound."""
 
     low: Any  # of logvar
     high: Any
@@ -61,10 +61,10 @@ def _selected(latents, ptrs, values, mask):
 
 @triton.jit
 def kl_tile(latents, ptrs, bounds, mask, DTYPE: tl.constexpr):
-    """Twice the KL of each selected element, else 0. `latents` tells what there is, `ptrs` where."""
+    """Twice the KL of each selected element, else 0. `latents` has None for absent tensors, `ptrs` the addresses."""
     mu = load(ptrs.mu, mask, DTYPE)
     logvar = clamp(load(ptrs.logvar, mask, DTYPE), bounds.low, bounds.high, DTYPE)
-    if latents.prior_mu is not None:  # the posterior as its prior sees it
+    if latents.prior_mu is not None:  # the posterior standardized by its prior
         prior_logvar = load(ptrs.prior_logvar, mask, DTYPE)
         mu = (mu - load(ptrs.prior_mu, mask, DTYPE)) * exp(prior_logvar, DTYPE, -0.5)
         logvar -= prior_logvar

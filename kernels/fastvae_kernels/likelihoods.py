@@ -2,7 +2,7 @@
 target.
 
 One generic kernel takes a pair as constants, so a new likelihood is a new pair here and not a new kernel. Constants
-stand to the right of tensors: the interpreter knows no product of a constant and a tensor.
+stand to the right of tensors: the interpreter cannot multiply a constant by a tensor.
 """
 
 import math
@@ -16,7 +16,7 @@ from .gaussian import exp, expm1
 
 
 class Likelihood(NamedTuple):
-    """What a kernel is told, all of it constant."""
+    """Constants of a kernel."""
 
     error: Any
     gradient: Any

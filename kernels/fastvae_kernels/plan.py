@@ -1,4 +1,4 @@
-"""Everything about the launches of a loss that its tensors' shapes, strides, dtypes and options decide."""
+"""The launches of a loss, as far as shapes, strides, dtypes and options determine them."""
 
 import math
 from typing import Any, NamedTuple
@@ -15,11 +15,11 @@ from .likelihoods import Likelihood, likelihood
 from .samples import SampleOptions, sample_options
 from .types import ElboNumbers, ElboOptions, ElboTensors, TensorMeta, compute_dtype, needs_sample_terms, recon_constant
 
-MAX_IMAGE_PROGRAMS_BWD = 1 << 10  # few, so that leaving at once costs next to nothing; each walks over its share
+MAX_IMAGE_PROGRAMS_BWD = 1 << 10  # few, so that returning at once costs next to nothing; each takes many tiles
 
 
 class ElboPlan(NamedTuple):
-    """Launches of both passes of one kind of call."""
+    """The launches of both passes, for calls with equal signatures."""
 
     device: torch.device
     image: Geometry  # of the forward pass
