@@ -104,6 +104,11 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._is_tracing()
 
 
+def needs_reference() -> bool:
+    """Whether a compiler or a dispatch mode must see each operation: then the plain formula computes the loss."""
+    return torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+
+
 @cache
 def load_backend(backend: str, op: str) -> ModuleType:
     """The module of a backend that computes `op`. Triton is imported here, at the first use of a kernel."""

@@ -264,17 +264,17 @@ def kl_given(
     """kl= is a sum over each sample: what acts on its elements cannot be given beside it."""
     if logvar is not None:
         fail("Drop logvar: kl= replaces it, and both were passed. mu may stay, for its element count.")
-    if getattr(free_bits, "mode", None) == "sample":
+    if free_bits is not None and getattr(free_bits, "mode", None) == "sample":
         free_bits = None
     if logvar_clamp is not None:
         fail(
             f"logvar_clamp cannot act on kl=, which is already measured; got {logvar_clamp!r}. Pass logvar_clamp=None "
             "here (to VAELoss.preset too) and the bounds to reparameterize_kl."
         )
-    given = {"prior": prior, "free_bits": free_bits, "kl_mask": kl_mask}
-    for name, value in given.items():
-        if value is not None:
-            fail(f"{name} cannot act on kl=, which is already measured. Pass mu and logvar instead.")
+    if not (prior is None and free_bits is None and kl_mask is None):
+        given = {"prior": prior, "free_bits": free_bits, "kl_mask": kl_mask}
+        names = ", ".join(name for name, value in given.items() if value is not None)
+        fail(f"{names} cannot act on kl=, which is already measured. Pass mu and logvar instead.")
     if mu is not None:
         float_tensor("mu", mu)
         float_tensor("recon", recon)

@@ -1,6 +1,6 @@
 """The maths in its plainest differentiable form: for reading, compiled regions, second derivatives, tests, baselines.
 
-Shares no code with the kernels or the fallback. Arithmetic is float32 (float64 where an input is), as theirs is.
+Shares no code with the kernels. Arithmetic is float32 (float64 where an input is), as theirs is.
 """
 
 import math
@@ -23,8 +23,8 @@ from fastvae_kernels.types import (
 from fastvae_kernels.types import compute_dtype as compute_dtype
 
 from ._dtypes import in_dtype
+from ._elementwise import ERRORS
 
-BYTE_SCALE = 1 / 255  # a uint8 target stands for the values 0, 1/255, ..., 1
 Terms = tuple[Tensor, Tensor, Tensor]  # loss, recon, kl
 
 
@@ -82,28 +82,9 @@ def resample_kl(mu: Tensor, logvar: Tensor, scaled_noise: Tensor, bounds: Clamp 
 def error(recon: Tensor, target: Tensor, options: ErrorOptions) -> Tensor:
     """The error of each element; a uint8 target is scaled and shifted first."""
     dtype = compute_dtype(recon, target)
-    recon, parameter = recon.to(dtype), options.parameter
     if target.dtype == torch.uint8:
         target = target.to(dtype) * options.target_scale + options.target_shift
-    target = target.to(dtype)
-    name = options.name.removesuffix("_of_logits")
-    if name != options.name:
-        recon = torch.sigmoid(recon)
-    match name:
-        case "l2":
-            return (recon - target).square()
-        case "l1":
-            return (recon - target).abs()
-        case "huber":
-            return F.huber_loss(recon, target, reduction="none", delta=parameter)
-        case "log_cosh":
-            distance = parameter * (recon - target).abs()
-            return distance + torch.log1p(torch.exp(-2 * distance)) - math.log(2)
-        case "bernoulli":
-            return F.binary_cross_entropy_with_logits(recon, target, reduction="none")
-        case "bernoulli_probs":
-            return F.binary_cross_entropy(recon, target, reduction="none")
-    raise AssertionError(options.name)
+    return ERRORS[options.name].error(recon.to(dtype), target.to(dtype), options.parameter)
 
 
 def apply_free_bits(kl: Tensor, free_bits: FreeBitsOptions) -> Tensor:

@@ -13,7 +13,11 @@ from ._numbers import is_integer
 from ._seeds import given_noise, noise_source
 from ._strides import readable
 from .ops import _library
+from .ops._autograd import direct_apply
 from .ops.reparam_kl import Noise, ReparamKLFunction, plan
+
+_PLAIN = Tensor, torch.nn.Parameter  # a subclass must see the ops
+_apply = direct_apply(ReparamKLFunction)
 
 # devices on which a traced sample without a seed is one op that draws its own noise; elsewhere the compiler fuses the
 # plain formula with torch's noise
@@ -99,14 +103,14 @@ def sample(
     `packed`: mu and logvar are the halves of a dimension of one tensor. `noise`: used instead of drawing any.
     """
     first, second, dim = (mu, logvar, None) if packed is None else (packed[0], None, packed[1])
-    if _backend.is_traced() or _library.needs_dispatch(first):
+    if _backend.needs_reference() or type(first) not in _PLAIN:
         _checks.gaussian(mu, logvar)
         bounds = _checks.logvar_clamp(logvar_clamp)
         return _traced(mu, logvar, generator, seed, offset, bounds, noise, with_kl=with_kl)
     try:
         metas = tuple(
             [
-                None if t is None else (t.shape, t.stride(), t.dtype, t.device, False, t.is_neg(), Tensor, t.layout)
+                t if t is None else (t.shape, t.stride(), t.dtype, t.device, False, t.is_neg(), Tensor, t.layout)
                 for t in (first, second)
             ]
         )
@@ -127,7 +131,8 @@ def sample(
             seed, offset = noise_source(mu, generator, seed, offset)
         drawn = seed is None and at.draws_noise
         used = _drawn(mu, generator) if drawn else _philox_noise(mu, generator, seed, offset)
-    z, kl = ReparamKLFunction.apply(at, used, first, second)  # type: ignore[no-untyped-call]
+    apply: Any = ReparamKLFunction.apply if torch._C._are_functorch_transforms_active() else _apply
+    z, kl = apply(at, used, first, second)
     return z, kl
 
 
@@ -160,7 +165,7 @@ def _traced(
 
 def philox(shape: torch.Size, seed: int | Tensor, offset: int, dtype: torch.dtype, like: Tensor) -> Tensor:
     """The noise of seeded sampling itself, on the device of `like`."""
-    if _backend.is_traced() or _library.needs_dispatch(like):
+    if _backend.needs_reference() or type(like) not in _PLAIN:
         return _library.philox_normal(shape, seed, offset, dtype, like.device)
     backend = _backend.backend_module(like, "philox")
     normals: Tensor = backend.philox_normal(shape, seed, offset, dtype, like.device)

@@ -11,7 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import fastvae
-from fastvae.likelihoods import L1, L2, Gaussian, Scaled
+from fastvae.likelihoods import L1, L2, NAMED, Gaussian, Scaled
 from fastvae.regularizers import Capacity, FreeBits
 
 pytestmark = pytest.mark.compiled
@@ -63,9 +63,7 @@ def per_sample(grad=True):
 
 
 PLAIN = {
-    "l2": dict,
-    **{name: lambda name=name: {"likelihood": name} for name in ("l1", "huber", "smooth_l1", "log_cosh")},
-    **{name: lambda name=name: {"likelihood": name} for name in ("bernoulli", "bernoulli_probs")},
+    **{name: lambda name=name: {"likelihood": name} for name in NAMED},
     "l2 of logits": lambda: {"likelihood": L2(from_logits=True)},
     "fixed scale": lambda: {"likelihood": Gaussian(0.3, full=True)},
     "scale of elements": lambda: {"likelihood": Gaussian(torch.rand(B, *D, requires_grad=True))},

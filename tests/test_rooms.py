@@ -24,6 +24,9 @@ LAYERS = [
     {"fallback", "fastvae_kernels"},
     {"_seeds"},
     {"reference", "_checks", "_backend", "_files", "_modules"},
+    {"_elementwise"},
+    {"_custom"},
+    {"_likelihood_base"},
     {"_strides", "_dtypes", "_numbers"},
     {"types"},
 ]

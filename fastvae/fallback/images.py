@@ -13,9 +13,10 @@ from torch import Tensor
 from fastvae_kernels.types import ErrorOptions, compute_dtype
 
 from .._dtypes import in_dtype
+from .._elementwise import ERRORS
+from .._likelihood_base import Piece
 from .._strides import is_dense
 from .gaussian import rows, sum_by_sample
-from .likelihoods import PAIRS, Piece
 from .pages import advise_large_pages, scratch_like
 
 _PIECE = 1 << 18  # elements: a float32 piece and its squares fit the second-level cache, 1 us a call is noise beside it
@@ -245,7 +246,7 @@ class _Filler:
 
     def _fill(self, piece: Images, errors: Tensor | None) -> None:
         recon = piece.recon
-        pair = PAIRS[self.options.name]
+        likelihood = ERRORS[self.options.name]
         coefficient = self.coefficient if piece.coefficient is None else piece.coefficient.to(self.dtype)
         if piece.weight is not None:
             weights = self._converted("weights", piece.weight)
@@ -266,7 +267,7 @@ class _Filler:
             gradient = piece.drecon
         elif piece.drecon is not None and values is not recon and piece.dtarget is None:
             gradient = values  # a copy that nobody reads afterwards
-        elif piece.drecon is not None or (piece.dtarget is not None and pair.target_gradient is None):
+        elif piece.drecon is not None or (piece.dtarget is not None and likelihood.of_difference):
             gradient = self._buffer("gradient", recon)
         part = Piece(
             recon=values,
@@ -277,10 +278,10 @@ class _Filler:
             gradient=gradient,
             scratch=lambda name: self._buffer(name, recon),
         )
-        pair.fill(part)
+        likelihood.fill(part)
         _write(piece.drecon, gradient, selected)
         if piece.dtarget is not None:
-            by_target = pair.target_gradient(part).mul_(weight) if pair.target_gradient else gradient.neg()  # type: ignore[union-attr]
+            by_target = gradient.neg() if likelihood.of_difference else likelihood.target_gradient(part).mul_(weight)  # type: ignore[union-attr]
             _write(piece.dtarget, by_target, selected)
         if piece.dextra is not None:
             _write(piece.dextra, part.scratch("a").copy_(weight).mul_(self.options.extra_scale), selected)

@@ -80,7 +80,7 @@ class Plan(NamedTuple):
     places: tuple[int, ...]
     arrange: Callable[[Sequence[Any]], tuple[Any, ...]]  # inputs and None -> (*ElboTensors, *ElboNumbers)
     strides: tuple[tuple[int, ...], ...]
-    differentiable: tuple[tuple[int, Reach], ...]  # which require a gradient, and what reaches them
+    differentiable: tuple[tuple[int, int], ...]  # which require a gradient, and the `Reach` of each
     recon_strides: tuple[int, ...]  # of the gradient of recon
 
 
@@ -194,6 +194,6 @@ def plan(
         places=places,
         arrange=itemgetter(*(places.index(i) if i in places else len(places) for i in range(len(everything)))),
         strides=tuple(meta.strides for meta in given),
-        differentiable=tuple((i, _REACH[p]) for i, p in enumerate(places) if everything[p].requires_grad),
+        differentiable=tuple((i, int(_REACH[p])) for i, p in enumerate(places) if everything[p].requires_grad),
         recon_strides=() if tensors.recon is None else tensors.recon.like().strides,
     )

@@ -11,15 +11,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ._reduce import fold
-from ._tile import NUM_WARPS, full_tile, load, on_device, pack_f64, tile_origin, unpack_f64
-from .elbo_samples import sample_terms_fwd
+from ._tile import NUM_WARPS, full_tile, load, on_device, pack_all, tile_origin, unpack_f64
+from .elbo_samples_fwd import sample_terms_fwd
 from .images import Images, image_pointers, image_tile
 from .latents import Latents, apply_free_bits, kl_tile, latent_pointers
 from .plan import ElboPlan
 from .samples import ImagePartials, Samples, error_factor
-from .types import ElboNumbers
 
 _NO_IMAGES, _NO_LATENTS, _NO_PARTIALS = Images(), Latents(), ImagePartials()
+_STRIDES: tuple[tuple[int, ...], ...] = (), (1,)  # of a scalar, and of one value per sample
 
 
 @triton.jit
@@ -173,76 +173,66 @@ def elbo_fwd(
         drecon, dlog_scale: Buffers for recon_weight times the gradients of the recon term by recon and log_scale; None
             if the backward pass is to compute them.
     """
-    with on_device(plan.device):
-        return _launch(plan, tensors, numbers, drecon, dlog_scale)
-
-
-def _launch(
-    plan: ElboPlan, tensors: Sequence[Any], numbers: Sequence[Any], drecon: Tensor | None, dlog_scale: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
     recon, target, log_scale, extra_map, mu, logvar, prior_mu, prior_logvar, mask, kl_mask, kl, *per_sample = tensors
     beta, recon_weight, _ = numbers
-    new = tensors[plan.first].new_empty
-    recon_partials = free_bits_partials = weight_map = None
-    image_partials = _NO_PARTIALS
+    factor = 0.0 if drecon is None else plan.recon_scale * recon_weight
+    factor, recon_weight, beta = pack_all(factor, recon_weight, beta)
+    image_partials, free_bits_partials, weight_map = _NO_PARTIALS, None, None
     kl_partials = kl
     images, latents = _NO_IMAGES, _NO_LATENTS
     if plan.weighs_elements:
         *per_sample, weight_map = per_sample
     if plan.image_programs:
-        recon_partials = new(plan.recon_partials, dtype=plan.recon_dtype)
+        recon_partials = torch.empty_strided(*plan.recon_partials, dtype=plan.recon_dtype, device=plan.device)
         count_partials = torch.empty_like(recon_partials) if plan.counts_mask else None
         image_partials = ImagePartials(recon_partials, count_partials)
-        if plan.weighs_elements:
+        if weight_map is not None:
             weights = torch.empty_like(recon_partials), torch.empty_like(recon_partials)
             image_partials = ImagePartials(recon_partials, count_partials, *weights)
         images = Images(recon, target, log_scale, mask, extra_map, weight_map, drecon, None, dlog_scale)
     if plan.latent_programs:
-        kl_partials = new(plan.kl_partials, dtype=plan.kl_dtype)
+        kl_partials = torch.empty_strided(*plan.kl_partials, dtype=plan.kl_dtype, device=plan.device)
         free_bits_partials = None if plan.bounds.free_bits is None else torch.empty_like(kl_partials)
         latents = Latents(mu, logvar, prior_mu, prior_logvar, kl_mask)
-    samples = None if plan.samples is None else Samples(*per_sample)
-    if programs := plan.image_programs + plan.latent_programs:
-        _elbo_fwd_kernel[(programs,)](
-            images=images,
-            likelihood=plan.likelihood,
-            image_geometry=plan.image,
-            image_programs=plan.image_programs,
-            factor=0 if drecon is None else pack_f64(plan.recon_scale * recon_weight),
-            samples=None if drecon is None else samples,
-            sample_options=None if plan.samples is None else plan.samples.options,
-            partials=image_partials,
-            latents=latents,
-            bounds=plan.bounds,
-            latent_geometry=plan.latent,
-            kl_partials_ptr=kl_partials,
-            free_bits_partials_ptr=free_bits_partials,
-            num_warps=NUM_WARPS,
-            enable_fp_fusion=True,
-        )
-    loss = new(plan.shape, dtype=plan.dtype)
+    loss = torch.empty_strided(plan.shape, _STRIDES[len(plan.shape)], dtype=plan.dtype, device=plan.device)
     recon_term, kl_term = torch.empty_like(loss), torch.empty_like(loss)
-    if plan.samples is not None and samples is not None:
+    samples = None if plan.sample_options is None else Samples(*per_sample)
+    with on_device(plan.device):
+        if programs := plan.image_programs + plan.latent_programs:
+            # kernel[grid](...) comes to the same, but copies the keywords three times, which takes 4 us
+            _elbo_fwd_kernel.run(
+                grid=(programs,),
+                warmup=False,
+                images=images,
+                likelihood=plan.likelihood,
+                image_geometry=plan.image,
+                image_programs=plan.image_programs,
+                factor=factor,
+                samples=None if drecon is None else samples,
+                sample_options=plan.sample_options,
+                partials=image_partials,
+                latents=latents,
+                bounds=plan.bounds,
+                latent_geometry=plan.latent,
+                kl_partials_ptr=kl_partials,
+                free_bits_partials_ptr=free_bits_partials,
+                num_warps=NUM_WARPS,
+                enable_fp_fusion=True,
+            )
         partials = image_partials, kl_partials, free_bits_partials
-        saved = sample_terms_fwd(plan.samples, partials, samples, ElboNumbers(*numbers), loss, recon_term, kl_term)
-        return loss, recon_term, kl_term, saved
-    seen = None  # numbers that are tensors: these may change before the backward pass
-    if plan.has_number_tensors:
-        seen = new(2, dtype=plan.dtype)
-    if plan.fold_programs:
-        _elbo_fold_kernel[(plan.fold_programs,)](
-            recon_partials,
-            kl_partials,
-            free_bits_partials,
-            loss,
-            recon_term,
-            kl_term,
-            seen,
-            *plan.factors,
-            pack_f64(recon_weight),
-            pack_f64(beta),
-            *plan.fold,
-            num_warps=NUM_WARPS,
-            enable_fp_fusion=True,
-        )
+        if samples is not None:
+            saved = sample_terms_fwd(plan, partials, samples, numbers, loss, recon_term, kl_term)
+            return loss, recon_term, kl_term, saved
+        # values of numbers that are tensors, which may change before the backward pass
+        seen = torch.empty(2, dtype=plan.dtype, device=plan.device) if plan.has_number_tensors else None
+        if plan.fold_programs:
+            sums = image_partials.errors, kl_partials, free_bits_partials
+            results = loss, recon_term, kl_term, seen
+            _elbo_fold_kernel.run(
+                *(*sums, *results, *plan.factors, recon_weight, beta, *plan.fold),
+                grid=(plan.fold_programs,),
+                warmup=False,
+                num_warps=NUM_WARPS,
+                enable_fp_fusion=True,
+            )
     return loss, recon_term, kl_term, () if seen is None else (seen,)

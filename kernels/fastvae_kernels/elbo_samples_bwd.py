@@ -1,5 +1,5 @@
-"""Gradients of what acts on samples, and the coefficients of the gradients of each sample's elements: one launch before
-the one that writes those.
+"""Losses with options that act on samples, backward: one launch before the one that writes the gradients of images and
+latents.
 """
 
 from typing import Any, NamedTuple
@@ -9,9 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ._tile import NUM_WARPS, load, unpack_f64
-from .elbo_samples import BLOCK, sample_weights
-from .plan import SamplePlan
-from .samples import Samples, sample_terms, sign
+from .plan import ElboPlan
+from .samples import BLOCK, Samples, sample_terms, sample_weights, sign
 from .types import ElboNumbers
 
 
@@ -52,9 +51,9 @@ def _store(ptr, value, rows, mask):
 
 
 @triton.jit
-def _store_sum(ptr, values):
+def _store_number(ptr, value):
     if ptr is not None:
-        tl.store(ptr, _stored(tl.sum(values), ptr))
+        tl.store(ptr, _stored(value, ptr))
 
 
 @triton.jit(do_not_specialize=["kl_normalizer"])
@@ -68,9 +67,7 @@ def _sample_gradients_kernel(
     dkl_term_ptr,
     coefficients_ptr,  # [5, n_rows] float64, written: see `SampleCoefficients`
     gradients,  # Samples, written
-    dbeta_ptr,  # 0-d, written, as are the next two; None: not wanted
-    drecon_weight_ptr,
-    dcapacity_ptr,
+    number_gradients,  # ElboNumbers: 0-d, written; None: not wanted
     kl_normalizer,  # bits of a float64
     n_rows,
     n_blocks,
@@ -138,27 +135,23 @@ def _sample_gradients_kernel(
             drecon_weights += tl.where(mask, dloss * weight * terms.recon, 0.0)
         dcapacities -= tl.where(mask, of_regularized * weight * terms.capacity_sign, 0.0)
     if sample_options.one_scale:
-        _store_sum(gradients.log_scale, dlog_scales)
+        _store_number(gradients.log_scale, tl.sum(dlog_scales))
     if PER_SAMPLE:
-        _store_sum(dbeta_ptr, dbetas)
-        _store_sum(drecon_weight_ptr, drecon_weights)
-        _store_sum(dcapacity_ptr, dcapacities)
+        _store_number(number_gradients.beta, tl.sum(dbetas))
+        _store_number(number_gradients.recon_weight, tl.sum(drecon_weights))
+        _store_number(number_gradients.capacity, tl.sum(dcapacities))
     elif dloss_ptr is not None:
         dloss_of_all = tl.load(dloss_ptr).to(tl.float64)
-        if dbeta_ptr is not None:
-            tl.store(dbeta_ptr, _stored(dloss_of_all * (excess * batch_sign), dbeta_ptr))
-        if drecon_weight_ptr is not None:
-            tl.store(drecon_weight_ptr, _stored(dloss_of_all * recon_term, drecon_weight_ptr))
-        if dcapacity_ptr is not None:
-            if BATCH_CAPACITY:
-                dcapacity = -dloss_of_all * beta * batch_sign * (kl_factor * n_rows)
-                tl.store(dcapacity_ptr, _stored(dcapacity, dcapacity_ptr))
-            else:
-                _store_sum(dcapacity_ptr, dcapacities)
+        _store_number(number_gradients.beta, dloss_of_all * (excess * batch_sign))
+        _store_number(number_gradients.recon_weight, dloss_of_all * recon_term)
+        if BATCH_CAPACITY:
+            _store_number(number_gradients.capacity, -dloss_of_all * beta * batch_sign * (kl_factor * n_rows))
+        else:
+            _store_number(number_gradients.capacity, tl.sum(dcapacities))
 
 
 def sample_gradients(
-    plan: SamplePlan,
+    plan: ElboPlan,
     samples: Samples,
     saved: tuple[Tensor, ...],
     upstream: tuple[Tensor | None, ...],
@@ -173,30 +166,29 @@ def sample_gradients(
         gradients, number_gradients: Buffers; None where no gradient is wanted.
     """
     sums, state = saved
-    coefficients = sums.new_empty((len(SampleCoefficients._fields), plan.n_rows))
-    n_blocks = triton.cdiv(plan.n_rows, BLOCK)
+    n_rows = plan.fold[0]
+    coefficients = sums.new_empty((len(SampleCoefficients._fields), n_rows))
+    n_blocks = triton.cdiv(n_rows, BLOCK)
     one_program = any(t is not None for t in number_gradients) or (
         gradients.log_scale is not None and gradients.log_scale.ndim == 0
     )
     _sample_gradients_kernel[(1 if one_program else n_blocks,)](
         sums_ptr=sums,
         samples=samples,
-        sample_options=plan.options,
+        sample_options=plan.sample_options,
         state_ptr=state,
         dloss_ptr=upstream[0],
         drecon_term_ptr=upstream[1],
         dkl_term_ptr=upstream[2],
         coefficients_ptr=coefficients,
         gradients=gradients,
-        dbeta_ptr=number_gradients.beta,
-        drecon_weight_ptr=number_gradients.recon_weight,
-        dcapacity_ptr=number_gradients.capacity,
-        kl_normalizer=plan.normalizers[1],
-        n_rows=plan.n_rows,
+        number_gradients=number_gradients,
+        kl_normalizer=plan.factors[2],
+        n_rows=n_rows,
         n_blocks=n_blocks if one_program else 1,
-        HAS_ELEMENT_FREE_BITS=plan.element_free_bits,
+        HAS_ELEMENT_FREE_BITS=plan.bounds.free_bits is not None,
         BATCH_CAPACITY=plan.batch_capacity,
-        PER_SAMPLE=plan.per_sample,
+        PER_SAMPLE=plan.shape != (),
         BLOCK=BLOCK,
         num_warps=NUM_WARPS,
         enable_fp_fusion=True,

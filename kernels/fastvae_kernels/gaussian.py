@@ -25,9 +25,11 @@ def inside(logvar, low, high, gradient, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def exp(x, DTYPE: tl.constexpr):
-    """exp(x). In float32 by way of 2^x, whose instruction needs no guard against subnormal results: they become 0."""
-    return tl.exp(x) if DTYPE == tl.float64 else tl.exp2(x * 1.4426950408889634)
+def exp(x, DTYPE: tl.constexpr, FACTOR: tl.constexpr = 1.0):
+    """exp(FACTOR x). In float32 by way of 2^x, whose instruction needs no guard against subnormal results: they become
+    0. The compiler would not join the two factors.
+    """
+    return tl.exp(x * FACTOR) if DTYPE == tl.float64 else tl.exp2(x * (1.4426950408889634 * FACTOR))
 
 
 @triton.jit

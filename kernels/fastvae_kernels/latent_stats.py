@@ -67,7 +67,7 @@ def _add_tile(mu_ptrs, logvar_ptrs, mask, low, high, n_first_rows, stats, DTYPE:
         outside = (logvar < unpack_f64(low, DTYPE)) | (logvar > unpack_f64(high, DTYPE))
         clamped += (outside if mask is None else outside & mask).to(tl.int32)
     logvar = clamp(logvar, low, high, DTYPE)
-    kl = twice_kl_element(mu, logvar, exp(0.5 * logvar, DTYPE), DTYPE)
+    kl = twice_kl_element(mu, logvar, exp(logvar, DTYPE, 0.5), DTYPE)
     if mask is not None:
         distance, kl = tl.where(mask, distance, 0.0), tl.where(mask, kl, 0.0)
     return shift, sums + distance, squares + distance * distance, kls + kl, nonfinite, clamped

@@ -66,9 +66,9 @@ def kl_tile(latents, ptrs, bounds, mask, DTYPE: tl.constexpr):
     logvar = clamp(load(ptrs.logvar, mask, DTYPE), bounds.low, bounds.high, DTYPE)
     if latents.prior_mu is not None:  # the posterior as its prior sees it
         prior_logvar = load(ptrs.prior_logvar, mask, DTYPE)
-        mu = (mu - load(ptrs.prior_mu, mask, DTYPE)) * exp(-0.5 * prior_logvar, DTYPE)
+        mu = (mu - load(ptrs.prior_mu, mask, DTYPE)) * exp(prior_logvar, DTYPE, -0.5)
         logvar -= prior_logvar
-    kl = twice_kl_element(mu, logvar, exp(0.5 * logvar, DTYPE), DTYPE)
+    kl = twice_kl_element(mu, logvar, exp(logvar, DTYPE, 0.5), DTYPE)
     return _selected(latents, ptrs, kl, mask)
 
 
@@ -96,7 +96,7 @@ def latent_gradient_tile(latents, ptrs, bounds, coefficient, free_bits_coefficie
     selected = None if latents.mask is None else load(ptrs.mask, mask, tl.int1)
     if latents.prior_mu is not None:
         prior_logvar = load(ptrs.prior_logvar, mask, DTYPE)
-        precision = exp(-0.5 * prior_logvar, DTYPE)
+        precision = exp(prior_logvar, DTYPE, -0.5)
     # constexpr: a plain variable is a run-time value, under which no variable can be defined
     of_both: tl.constexpr = latents.dprior_logvar is not None or bounds.free_bits is not None
     if of_both or latents.dmu is not None or latents.dprior_mu is not None:
@@ -110,7 +110,7 @@ def latent_gradient_tile(latents, ptrs, bounds, coefficient, free_bits_coefficie
             logvar -= prior_logvar
         slope = expm1(logvar, DTYPE)
     if bounds.free_bits is not None:
-        kl = twice_kl_element(mu, logvar, exp(0.5 * logvar, DTYPE), DTYPE)
+        kl = twice_kl_element(mu, logvar, exp(logvar, DTYPE, 0.5), DTYPE)
         free_bits = 2.0 * unpack_f64(bounds.free_bits, DTYPE)
         # where both are equal, as torch.clamp's gradient
         below = kl < free_bits if bounds.keeps_free_bits else kl <= free_bits

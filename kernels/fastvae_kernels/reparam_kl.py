@@ -31,7 +31,7 @@ def _sample_tile(mu_ptrs, logvar_ptrs, z_ptrs, noise, mask, low, high, WITH_KL: 
     """Store z; return twice the KL of each element (zeros if it is not asked for)."""
     mu = load(mu_ptrs, mask, DTYPE)
     logvar = clamp(load(logvar_ptrs, mask, DTYPE), low, high, DTYPE)
-    sigma = exp(0.5 * logvar, DTYPE)
+    sigma = exp(logvar, DTYPE, 0.5)
     tl.store(z_ptrs, (mu + sigma * noise).to(z_ptrs.dtype.element_ty), mask=mask)
     kl = tl.zeros(mu.shape, DTYPE)
     if WITH_KL:
@@ -96,7 +96,7 @@ def _gradient_tile(
     if dz_ptrs is not None:
         dz = load(dz_ptrs, mask, DTYPE)
         dmu += dz
-        dlogvar += dz * (exp(0.5 * logvar, DTYPE) * noise)
+        dlogvar += dz * (exp(logvar, DTYPE, 0.5) * noise)
     if dkl is not None:
         dmu += dkl * load(mu_ptrs, mask, DTYPE)
         dlogvar += dkl * expm1(logvar, DTYPE)
@@ -176,7 +176,9 @@ class ReparamKLPlan(NamedTuple):
     triton_dtype: tl.dtype
     forward: _Pass
     backward: _Pass
-    partials: tuple[int, ...]  # shape of the partial sums of the KL; [n_rows] where they are the sums
+    partials: tuple[
+        tuple[int, ...], tuple[int, ...]
+    ]  # shape and strides of the partial sums of the KL; [n_rows] where they are the sums
 
 
 def plan_reparam_kl(
@@ -201,7 +203,7 @@ def plan_reparam_kl(
         triton_dtype=triton_dtype(dtype),
         forward=forward,
         backward=_plan_pass((mu, logvar, z, dmu, dlogvar), mu.dtype.itemsize, with_kl),
-        partials=(n_rows, n_col_programs) if n_col_programs > 1 else (n_rows,),
+        partials=((n_rows, n_col_programs), (n_col_programs, 1)) if n_col_programs > 1 else ((n_rows,), (1,)),
     )
 
 
@@ -222,9 +224,9 @@ def reparam_kl_fwd(
     at = plan.forward
     if not at.programs:
         return (mu.new_zeros(mu.shape[0], dtype=plan.dtype) if plan.with_kl else None), ()
-    partials = mu.new_empty(plan.partials, dtype=plan.dtype) if plan.with_kl else None
+    partials = torch.empty_strided(*plan.partials, dtype=plan.dtype, device=plan.device) if plan.with_kl else None
     with on_device(plan.device):
-        _reparam_kl_fwd_kernel[(at.programs,)](
+        _reparam_kl_fwd_kernel.run(
             mu,
             logvar,
             z,
@@ -238,6 +240,8 @@ def reparam_kl_fwd(
             DTYPE=plan.triton_dtype,
             BLOCK_ROWS=at.block_rows,
             BLOCK_COLS=at.block_cols,
+            grid=(at.programs,),
+            warmup=False,
             num_warps=NUM_WARPS,
             enable_fp_fusion=True,
         )
@@ -278,7 +282,7 @@ def reparam_kl_bwd(
     if not at.programs:
         return
     with on_device(plan.device):
-        _reparam_kl_bwd_kernel[(at.programs,)](
+        _reparam_kl_bwd_kernel.run(
             mu,
             logvar,
             dz,
@@ -295,6 +299,8 @@ def reparam_kl_bwd(
             DTYPE=plan.triton_dtype,
             BLOCK_ROWS=at.block_rows,
             BLOCK_COLS=at.block_cols,
+            grid=(at.programs,),
+            warmup=False,
             num_warps=NUM_WARPS,
             enable_fp_fusion=True,
         )

@@ -3,6 +3,7 @@
 One function computes the terms of a sample from its sums; the forward and the backward kernel both call it.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import triton
@@ -11,7 +12,10 @@ import triton.language as tl
 from ._tile import load, pack_f64, unpack_f64
 from .gaussian import exp
 from .likelihoods import log1p
-from .types import ElboNumbers, ElboOptions
+from .types import ElboOptions, ElboTensors
+
+BLOCK = 1024  # samples that a program takes at a time
+N_STATE = 6  # numbers that the forward pass leaves for the backward pass
 
 
 class Samples(NamedTuple):
@@ -69,7 +73,8 @@ class SampleTerms(NamedTuple):
     capacity_sign: Any  # ... of the KL after the capacity by the one before
 
 
-def sample_options(options: ElboOptions, n_elements: int, *, one_scale: bool, weighs_elements: bool) -> SampleOptions:
+def sample_options(metas: ElboTensors, options: ElboOptions) -> SampleOptions:
+    n_elements = 0 if metas.recon is None else math.prod(metas.recon.shape[1:])
     free_bits = options.free_bits
     nats = free_bits.nats if free_bits is not None and free_bits.mode == "sample" else None
     return SampleOptions(
@@ -80,22 +85,15 @@ def sample_options(options: ElboOptions, n_elements: int, *, one_scale: bool, we
         softclip=pack_f64(options.softclip),
         free_bits=pack_f64(nats),
         n_elements=pack_f64(float(n_elements)),
-        one_scale=tl.constexpr(one_scale),
+        one_scale=tl.constexpr(metas.sample_log_scale is not None and not metas.sample_log_scale.shape),
         capacity_per_sample=tl.constexpr(options.capacity_mode == "sample"),
-        weighs_elements=tl.constexpr(weighs_elements),
+        weighs_elements=tl.constexpr(metas.weight_map is not None),
     )
 
 
-class Numbers(NamedTuple):
-    """`ElboNumbers` as kernels take them: bits of float64s, or pointers."""
-
-    beta: Any
-    recon_weight: Any
-    capacity: Any  # None: no capacity
-
-
-def pack_numbers(numbers: ElboNumbers) -> Numbers:
-    return Numbers(*map(pack_f64, numbers))
+@triton.jit
+def sample_weights(samples, rows, mask):
+    return load(samples.weight + rows, mask, tl.float64) if samples.weight is not None else mask.to(tl.float64)
 
 
 @triton.jit

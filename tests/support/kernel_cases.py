@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import fastvae
-from fastvae.likelihoods import L1, L2, Gaussian, Scaled
+from fastvae._elementwise import ERRORS
+from fastvae.likelihoods import L2, Gaussian, Scaled
 from fastvae.regularizers import FreeBits
 from fastvae.statistics import latent_stats
 
@@ -48,13 +49,7 @@ class Option(NamedTuple):
 
 
 OPTIONS = {
-    "l1": Option(partial(dict, likelihood="l1")),
-    "huber": Option(partial(dict, likelihood="huber")),
-    "log_cosh": Option(partial(dict, likelihood="log_cosh")),
-    "bernoulli": Option(partial(dict, likelihood="bernoulli")),
-    "bernoulli_probs": Option(partial(dict, likelihood="bernoulli_probs")),
-    "l2_of_logits": Option(partial(dict, likelihood=L2(from_logits=True))),
-    "l1_of_logits": Option(partial(dict, likelihood=L1(from_logits=True))),
+    **{name: Option(partial(dict, likelihood=likelihood)) for name, likelihood in ERRORS.items()},
     "shifted": Option(partial(dict, likelihood=L2(target_scale=2 / 255, target_shift=-1.0))),  # of a uint8 target
     "gaussian": Option(lambda logvar: {"likelihood": Gaussian(logvar)}, ("image",)),
     "scaled_l1": Option(lambda log_scale: {"likelihood": Scaled("l1", log_scale)}, ("image",)),
@@ -69,7 +64,7 @@ OPTIONS = {
     "prior": Option(lambda mu, logvar: {"prior": (mu, logvar)}, ("latent", "latent")),
     **{mode: Option(partial(dict, free_bits=FreeBits(0.1, mode))) for mode in ("dim", "dim_mask", "dim_batch")},
 }
-LIKELIHOODS = ("l1", "huber", "log_cosh", "bernoulli", "bernoulli_probs", "l2_of_logits", "l1_of_logits")
+LIKELIHOODS = tuple(name for name in ERRORS if name != "l2")
 
 
 class Floor(NamedTuple):

@@ -1,6 +1,10 @@
-"""Losses with options that act on samples: sums of each sample, then their terms, in two launches after the one that
-reads images and latents.
+"""Losses with options that act on samples, forward: sums of each sample, then their terms.
+
+These two launches take the place of the fold behind the launch that reads images and latents.
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -8,13 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ._reduce import fold
-from ._tile import NUM_WARPS, load, unpack_f64
-from .plan import SamplePlan
-from .samples import ImagePartials, Samples, pack_numbers, sample_terms
+from ._tile import NUM_WARPS, pack_all, unpack_f64
+from .plan import ElboPlan
+from .samples import BLOCK, N_STATE, ImagePartials, Samples, sample_terms, sample_weights
 from .types import ElboNumbers
-
-BLOCK = 1024  # samples that a program takes at a time
-N_STATE = 6  # numbers that the forward pass leaves for the backward pass
 
 
 @triton.jit(do_not_specialize=["n_elements"])
@@ -52,17 +53,12 @@ def _sample_sums_kernel(
         tl.store(sums_ptr + 5 * n_rows + rows, weights, mask=mask)
 
 
-@triton.jit
-def sample_weights(samples, rows, mask):
-    return load(samples.weight + rows, mask, tl.float64) if samples.weight is not None else mask.to(tl.float64)
-
-
 @triton.jit(do_not_specialize=["recon_normalizer", "kl_normalizer"])
 def _sample_terms_kernel(
     sums_ptr,  # [4 or 6, n_rows] float64, read
     samples,  # Samples
     sample_options,  # SampleOptions
-    numbers,  # Numbers
+    numbers,  # ElboNumbers: bits of float64s, or pointers
     loss_ptr,  # 0-d or [n_rows], written, as are the terms
     recon_ptr,
     kl_ptr,
@@ -116,7 +112,8 @@ def _sample_terms_kernel(
             if not sample_options.capacity_per_sample:
                 excess -= capacity * (kl_factor * n_rows)
                 regularized_term = tl.abs(excess)
-        tl.store(loss_ptr, (recon_weight * tl.sum(weigheds) * normalizer + beta * regularized_term).to(dtype))
+        weighed_term = tl.sum(weigheds) * normalizer
+        tl.store(loss_ptr, (recon_weight * weighed_term + beta * regularized_term).to(dtype))
         tl.store(recon_ptr, recon_term.to(dtype))
         tl.store(kl_ptr, (tl.sum(kls) * kl_factor).to(dtype))
     if pid == 0:
@@ -129,39 +126,43 @@ def _sample_terms_kernel(
 
 
 def sample_terms_fwd(
-    plan: SamplePlan,
+    plan: ElboPlan,
     partials: tuple[ImagePartials, Tensor | None, Tensor | None],
     samples: Samples,
-    numbers: ElboNumbers,
+    numbers: Sequence[Any],
     loss: Tensor,
     recon_term: Tensor,
     kl_term: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Write the terms, given partial sums of the images, of the KL and of the KL under free bits; return the sums of
-    each sample and the state, which the backward pass needs.
+    """Write the terms; return the sums of each sample and the state, which the backward pass needs.
+
+    Args:
+        partials: Partial sums of the images, of the KL, and of the KL under free bits, of each sample.
     """
-    sums = loss.new_empty((4 if partials[0].weights is None else 6, plan.n_rows), dtype=torch.float64)
+    assert plan.sample_options is not None
+    n_rows, per_sample = plan.fold[0], plan.shape != ()
+    sums = loss.new_empty((4 if partials[0].weights is None else 6, n_rows), dtype=torch.float64)
     state = loss.new_empty(N_STATE, dtype=torch.float64)
     if plan.fold_programs:
         _sample_sums_kernel[(plan.fold_programs,)](
-            *partials, sums, plan.options.n_elements, *plan.fold, num_warps=NUM_WARPS, enable_fp_fusion=True
+            *partials, sums, plan.sample_options.n_elements, *plan.fold, num_warps=NUM_WARPS, enable_fp_fusion=True
         )
-    n_blocks = triton.cdiv(plan.n_rows, BLOCK)
-    _sample_terms_kernel[(n_blocks if plan.per_sample else 1,)](
+    n_blocks = triton.cdiv(n_rows, BLOCK)
+    _sample_terms_kernel[(n_blocks if per_sample else 1,)](
         sums_ptr=sums,
         samples=samples,
-        sample_options=plan.options,
-        numbers=pack_numbers(numbers),
+        sample_options=plan.sample_options,
+        numbers=ElboNumbers(*pack_all(*numbers)),
         loss_ptr=loss,
         recon_ptr=recon_term,
         kl_ptr=kl_term,
         state_ptr=state,
-        recon_normalizer=plan.normalizers[0],
-        kl_normalizer=plan.normalizers[1],
-        n_rows=plan.n_rows,
-        n_blocks=1 if plan.per_sample else n_blocks,
+        recon_normalizer=plan.recon_normalizer,
+        kl_normalizer=plan.factors[2],
+        n_rows=n_rows,
+        n_blocks=1 if per_sample else n_blocks,
         MASK_NORMALIZE=plan.mask_normalize,
-        PER_SAMPLE=plan.per_sample,
+        PER_SAMPLE=per_sample,
         BLOCK=BLOCK,
         num_warps=NUM_WARPS,
         enable_fp_fusion=True,
