@@ -112,7 +112,7 @@ def leaf():
             "Pass mu too",
         ),
         (lambda: fastvae.gaussian_kl(LATENT, LATENT, reduction="x"), ValueError, "reduction must be one of"),
-        (lambda: fastvae.reconstruction_loss(IMAGE, IMAGE, likelihood=3), TypeError, "a name or an object.*got int"),
+        (lambda: fastvae.reconstruction_loss(IMAGE, IMAGE, likelihood=3), TypeError, "a name, an object.*got int"),
         (lambda: fastvae.philox_normal(3, seed="a"), TypeError, "seed must be an int"),
         (lambda: fastvae.philox_normal(3, seed=1, dtype=torch.int32), TypeError, "the noise must be one of"),
         (lambda: fastvae.VAELoss(reduction="x"), ValueError, "reduction must be one of"),

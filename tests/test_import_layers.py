@@ -26,6 +26,7 @@ LAYERS = [
     {"_seeds"},
     {"reference", "_checks", "_backend", "_distributed", "_files", "_modules"},
     {"_elementwise", "_argument_checks"},
+    {"_custom"},
     {"_likelihood_base"},
     {"_strides", "_dtypes", "_numbers", "_graphs"},
     {"types"},

@@ -187,8 +187,7 @@ def elbo_fwd(
     beta, recon_weight, _ = numbers
     factor = 0.0 if drecon is None else plan.recon_scale * recon_weight
     factor, recon_weight, beta = pack_all(factor, recon_weight, beta)
-    recon_partials = free_bits_partials = weight_map = None
-    image_partials = _NO_PARTIALS
+    image_partials, free_bits_partials, weight_map = _NO_PARTIALS, None, None
     kl_partials = kl
     images, latents = _NO_IMAGES, _NO_LATENTS
     if plan.weighs_elements:
@@ -197,7 +196,7 @@ def elbo_fwd(
         recon_partials = torch.empty_strided(*plan.recon_partials, dtype=plan.recon_dtype, device=plan.device)
         count_partials = torch.empty_like(recon_partials) if plan.counts_mask else None
         image_partials = ImagePartials(recon_partials, count_partials)
-        if plan.weighs_elements:
+        if weight_map is not None:
             weights = torch.empty_like(recon_partials), torch.empty_like(recon_partials)
             image_partials = ImagePartials(recon_partials, count_partials, *weights)
         images = Images(recon, target, log_scale, mask, extra_map, weight_map, drecon, None, dlog_scale)
@@ -237,7 +236,7 @@ def elbo_fwd(
         # values of numbers that are tensors, which may change before the backward pass
         seen = torch.empty(2, dtype=plan.dtype, device=plan.device) if plan.has_number_tensors else None
         if plan.fold_programs:
-            sums = recon_partials, kl_partials, free_bits_partials
+            sums = image_partials.errors, kl_partials, free_bits_partials
             results = loss, recon_term, kl_term, seen
             _elbo_fold_kernel.run(
                 *(*sums, *results, *plan.factors, recon_weight, beta, *plan.fold),
