@@ -1,7 +1,9 @@
 """What a run starts from and what it keeps: a learned scale, weights of another run, more epochs, the best weights."""
 
+import errno
 import json
 import math
+import os
 from dataclasses import replace
 from signal import Signals
 
@@ -11,7 +13,7 @@ import torch
 from fastvae import data
 from fastvae.evaluation.elbo import evaluate
 from fastvae.models import VAE, saving
-from fastvae.training import TrainConfig, TrainingInterrupted, train
+from fastvae.training import RunFolderError, TrainConfig, TrainingInterrupted, train
 from fastvae.training import state as state_module
 from fastvae.training.events import Logged
 from fastvae.training.schedule import learning_rate
@@ -176,6 +178,25 @@ class TestBestWeights:
         train(replace(TrainConfig.from_run(run), epochs=4))
         assert records_of(run, "validation")[-1]["nats"] > saving.read_training(run / "best")["loss"]
         assert (run / "best" / "model.safetensors").read_bytes() == before
+
+    def test_disk_that_fills_leaves_the_better_ones_or_none(self, config, monkeypatch):
+        written = []
+
+        def full(path, content):
+            if path.parent.name == "best":
+                written.append(path)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            write_bytes(path, content)
+
+        write_bytes = saving.write_bytes
+        monkeypatch.setattr(saving, "write_bytes", full)
+        with pytest.raises(RunFolderError, match="No space left"):
+            train(config)
+        monkeypatch.undo()
+        run = train(TrainConfig.from_run(config.out)).run
+        assert len(written) == 1
+        whole = train(replace(config, out=config.out.with_name("whole"))).run
+        assert_equal(weights_of(run, "best"), weights_of(whole, "best"))
 
     def test_are_averaged_ones_with_their_scale(self, config):
         run = train(replace(config, likelihood="gaussian", ema=0.5, beta=2.0)).run

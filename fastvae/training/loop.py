@@ -162,8 +162,8 @@ class Trainer:
             raise ValueError(f"epochs must be at least {done}, which {self.run} has begun; got {self.config.epochs}.")
         counts = {"step": step, "steps_per_epoch": self.steps_per_epoch}
         self.recorder = Recorder(self.run, self.config, self.notify, **counts, writes=self.world.is_first)
-        best = self.run / BEST
-        self.best = float(saving.read_training(best)["loss"]) if best.exists() else math.inf
+        has_best = (self.run / BEST / saving.WEIGHTS).exists()
+        self.best = float(saving.read_training(self.run / BEST)["loss"]) if has_best else math.inf
 
     def start(self) -> None:
         """Write config.json, the split and what was left out of the data, and report the start."""
