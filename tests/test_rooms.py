@@ -33,7 +33,7 @@ LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 def room_of(module: str) -> str:
     """fastvae.ops.elbo -> ops; fastvae_kernels.elbo -> fastvae_kernels."""
     parts = module.split(".")
-    if parts[:2] == ["fastvae_kernels", "types"]:
+    if parts[0] == "fastvae_kernels" and parts[1:2] in (["types"], ["count_types"]):
         return "types"  # what the kernels exchange with everybody
     return parts[0] if parts[0] == "fastvae_kernels" else (parts[1] if len(parts) > 1 else "fastvae")
 
