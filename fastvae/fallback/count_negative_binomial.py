@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .count_rows import Batch, Piece
-from .count_terms import LOST, OfNonzeros, log_ratio
+from .count_terms import LOST, NEAR_ZERO, OfNonzeros
 from .stirling import HALF_LOG_2PI, p_exact, p_of_inverse, s_exact, s_of_inverse
 
 
@@ -31,7 +31,8 @@ class NegativeBinomial(OfNonzeros):
         wanted = batch.grads.log_theta
         self.by_theta = None if wanted is None else torch.zeros(self.table.shape, dtype=batch.dtype)
         if self.kind != "cell":  # few, so exact, and once
-            self.constants = self._constants(self.table)
+            wide = [t.view(-1) for t in (self.table, *self._constants(self.table))]
+            self.by_dtype = {torch.float64: wide, batch.dtype: [t.to(batch.dtype) for t in wide]}
 
     def _used(self, mask: Tensor) -> Tensor:
         """Which elements of log_theta a mask leaves."""
@@ -60,11 +61,14 @@ class NegativeBinomial(OfNonzeros):
         torch.add(counts, theta, out=other)
         torch.sub(mu, counts, out=slope)
         torch.div(slope, other, out=log)
-        if log.numel() and float(log.amin()) < -0.5:
-            log.copy_(log_ratio(log, mu + theta, other))
-        else:
-            log.log1p_()
+        low = None
+        if log.numel() and float(log.amin()) < NEAR_ZERO:  # of nonzero counts alone
+            low = places[log.view(-1).index_select(0, places) < NEAR_ZERO]
+            denominator = other.view(-1).index_select(0, low)
+        log.log1p_()
         slope.div_(torch.add(mu, theta, out=other))
+        if low is not None:
+            log.view(-1).index_copy_(0, low, other.view(-1).index_select(0, low).div_(denominator).log_())
         by_log_mu = torch.mul(slope, theta, out=other)
         lost = None if self.exact else self._lost(piece, slope, by_log_mu, theta)
         keep = self.weigh(piece, places, log, theta, lost)
@@ -126,11 +130,13 @@ class NegativeBinomial(OfNonzeros):
         self, start: int, end: int, counts: Tensor, mu: Tensor, lost: Tensor | None, rows: tuple[int, int]
     ) -> Tensor:
         where = self._places_of_theta(start, end, rows)
-        theta = self.table.view(-1).index_select(0, where)
-        constants = self._constants(theta) if self.kind == "cell" else [c.view(-1)[where] for c in self.constants]
         if lost is not None:
             counts, mu = counts.double(), mu.double()
-        theta, constant, p_theta = (t.to(counts.dtype) for t in (theta, *constants))
+        if self.kind == "cell":
+            theta = self.table.view(-1).index_select(0, where)
+            theta, constant, p_theta = (t.to(counts.dtype) for t in (theta, *self._constants(theta)))
+        else:
+            theta, constant, p_theta = (t.index_select(0, where) for t in self.by_dtype[counts.dtype])
         z = counts + theta
         w = z.reciprocal()
         over = (mu + theta).mul_(w).mul_(counts)

@@ -9,13 +9,14 @@ from .count_rows import Batch, Piece
 
 _GROUP = 1 << 16  # nonzero counts whose terms are computed at once, at least
 LOST = 16.0  # a term of this size that cancels makes an error of 2e-6 in float32
+NEAR_ZERO = -0.9  # q from which on 1 + q has too few digits left
 _SMALL_MEAN = 1e-30  # of which a logarithm, or a quotient by it, is not to be trusted
 
 
 def log_ratio(q: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:
     """log(1 + q), given 1 + q as a quotient too: 1 + q alone loses the digits of one near 0."""
     near = torch.log1p(q)
-    low = q < -0.5
+    low = q < NEAR_ZERO
     return torch.where(low, (numerator / denominator).log_(), near) if bool(low.any()) else near
 
 
