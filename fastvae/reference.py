@@ -203,7 +203,7 @@ def combine(
             of_selected = _of_selected(weight, n_selected, tensors)
             recon, weighed_recon = _both(lambda t: t * of_selected, recon, weighed_recon)
         if not options.per_sample:
-            factor = _normalizer(n_selected, options)
+            factor = recon_normalizer(n_selected, options)
             recon, weighed_recon = _both(lambda t: t.sum() * factor, recon, weighed_recon)
 
     term = regularized_term = zero
@@ -264,7 +264,7 @@ def soft_lower_bound(log_scale: Tensor, softclip: float | None) -> Tensor:
     return 2 * (softclip + F.softplus(log_scale / 2 - softclip))
 
 
-def _normalizer(n_selected: float | Tensor, options: ElboOptions) -> float | Tensor:
+def recon_normalizer(n_selected: float | Tensor, options: ElboOptions) -> float | Tensor:
     if not options.mask_normalize:
         return options.recon_normalizer
     assert isinstance(n_selected, Tensor)  # there is a mask
