@@ -23,35 +23,23 @@ _NO_IMAGES, _NO_LATENTS = Images(), Latents()
 
 
 @triton.jit
-def _sum_of_groups(x, SIZE: tl.constexpr):
-    """Over runs of columns as long as an access of 16 bytes: a thread has them all, and then keeps one register for
-    each.
-    """
-    return tl.sum(x.reshape(x.shape[0], x.shape[1] // SIZE, SIZE), axis=2)
-
-
-@triton.jit
 def _image_program(pid, images, likelihood, geometry, partials_ptr, count_partials_ptr, factor, samples, options):
     first_row, first_col, rows = tile_origin(pid, geometry)
     row_factor = error_factor(
         samples, options, unpack_f64(factor, geometry.dtype), rows, rows < geometry.n_rows, geometry.dtype
     )
-    access: tl.constexpr = 128 // images.recon.dtype.element_ty.primitive_bitwidth
-    group: tl.constexpr = access if geometry.sizes is None and geometry.block_cols >= access else 1
-    errors = tl.zeros([geometry.block_rows, geometry.block_cols // group], geometry.dtype)
+    errors = tl.zeros([geometry.block_rows, geometry.block_cols], geometry.dtype)
     counts = tl.zeros([geometry.block_rows, geometry.block_cols], geometry.dtype)
     for _ in range(geometry.steps):
         cols = first_col + tl.arange(0, geometry.block_cols)[None, :]
         ptrs = image_pointers(images, geometry, rows, cols)
         if full_tile(first_row, first_col, geometry):
-            tile = image_tile(images, ptrs, likelihood, row_factor, None, geometry.dtype)
-            errors += _sum_of_groups(tile, group)
+            errors += image_tile(images, ptrs, likelihood, row_factor, None, geometry.dtype)
             if count_partials_ptr is not None:
                 counts += load(ptrs.mask, None, geometry.dtype)
         else:
             mask = (rows < geometry.n_rows) & (cols < geometry.n_cols)
-            tile = image_tile(images, ptrs, likelihood, row_factor, mask, geometry.dtype)
-            errors += _sum_of_groups(tile, group)
+            errors += image_tile(images, ptrs, likelihood, row_factor, mask, geometry.dtype)
             if count_partials_ptr is not None:
                 counts += load(ptrs.mask, mask, geometry.dtype)
         first_col += geometry.block_cols
