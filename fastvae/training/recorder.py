@@ -1,4 +1,4 @@
-"""Where the figures of a run go: metrics.jsonl, whoever listens, and TensorBoard if asked for."""
+"""Records of a run: written to metrics.jsonl and TensorBoard, and reported as events."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,7 @@ class Recorder:
         run: Folder of the run.
         config: Its options.
         notify: Gets each record as an event.
-        step: Updates done already; records after it, of a run that fell, are taken out.
+        step: Updates done already; records of later steps, which a resumed run repeats, are removed.
         steps_per_epoch: Updates in a pass over the training images.
         writes: Whether this process writes files.
 
