@@ -199,7 +199,7 @@ def elbo_fwd(
     samples = None if plan.sample_options is None else Samples(*per_sample)
     with on_device(plan.device):
         if programs := plan.image_programs + plan.latent_programs:
-            # kernel[grid](...) comes to the same, but copies the keywords three times, which takes 4 us
+            # kernel[grid](...) does the same, but copies the keywords three times, which takes 4 us
             _elbo_fwd_kernel.run(
                 grid=(programs,),
                 warmup=False,
@@ -228,11 +228,7 @@ def elbo_fwd(
         if plan.fold_programs:
             sums = image_partials.errors, kl_partials, free_bits_partials
             results = loss, recon_term, kl_term, seen
-            _elbo_fold_kernel.run(
-                *(*sums, *results, *plan.factors, recon_weight, beta, *plan.fold),
-                grid=(plan.fold_programs,),
-                warmup=False,
-                num_warps=NUM_WARPS,
-                enable_fp_fusion=True,
-            )
+            arguments = *sums, *results, *plan.factors, recon_weight, beta, *plan.fold
+            grid = (plan.fold_programs,)
+            _elbo_fold_kernel.run(*arguments, grid=grid, warmup=False, num_warps=NUM_WARPS, enable_fp_fusion=True)
     return loss, recon_term, kl_term, () if seen is None else (seen,)
