@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import integrations, likelihoods, parametrizations, presets, regularizers, schedules
 from ._backend import set_backend, use_backend
+from .capture import CapturedStep, capture_step
 from .distributions import DiagonalGaussian
 from .functional import (
     VAELossTerms,
@@ -29,12 +30,14 @@ __version__ = "0.1.0"
 _LAZY = ("data", "evaluation", "models", "training")  # imported on first access
 
 __all__ = [
+    "CapturedStep",
     "DiagonalGaussian",
     "InputReport",
     "LatentStats",
     "NoiseState",
     "VAELoss",
     "VAELossTerms",
+    "capture_step",
     "check_inputs",
     "data",
     "evaluation",

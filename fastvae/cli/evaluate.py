@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fastvae.data.batches import load_batches
+from fastvae.evaluation.density import Density, bits_per_dim
 from fastvae.evaluation.elbo import Evaluation, baseline_nats, evaluate
-from fastvae.evaluation.likelihood_bounds import Density, bits_per_dim_of_bytes, importance_weighted_nats
+from fastvae.evaluation.likelihood_bounds import importance_weighted_nats
 from fastvae.evaluation.objective import Objective, decode_to_images
 from fastvae.training.setup import require_fits
 
@@ -91,9 +92,9 @@ def likelihood_figures(
     return {
         "nll": nll,
         "nll_standard_error": float(bounds.std() / len(bounds) ** 0.5) if len(bounds) > 1 else 0.0,
-        "nll_elbo": evaluation.nats + n * density.constant,
+        "nll_elbo": density.nll(evaluation.nats, n),
         "samples": samples,
-        "bits_per_dim": bits_per_dim_of_bytes(nll, n, discrete=density.discrete),
+        "bits_per_dim": bits_per_dim(nll, n, discrete=density.discrete),
         "of": "probability of binary images" if density.discrete else "density of values in [0, 1], 256 levels",
     }
 

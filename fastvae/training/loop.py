@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from fastvae import data
 from fastvae.data.batches import batches_of, epoch_order, load_batches, resident_images, spread_images
+from fastvae.evaluation.density import Density
 from fastvae.evaluation.elbo import Evaluation, Scores, baseline_nats, evaluate, evaluation_mode
 from fastvae.evaluation.objective import decode_to_images
 from fastvae.models import saving
@@ -162,10 +163,10 @@ class Trainer:
         if step > self.total_steps:
             done = -(-step // self.steps_per_epoch)
             raise ValueError(f"epochs must be at least {done}, which {self.run} has begun; got {self.config.epochs}.")
-        counts = {"step": step, "steps_per_epoch": self.steps_per_epoch, "dimensions": math.prod(self.shape)}
+        counts = {"step": step, "steps_per_epoch": self.steps_per_epoch}
         self.recorder = Recorder(self.run, self.notify, **counts, writes=self.world.is_first)
-        best = self.run / BEST
-        self.best = float(saving.read_training(best)["loss"]) if best.exists() else math.inf
+        has_best = (self.run / BEST / saving.WEIGHTS).exists()
+        self.best = float(saving.read_training(self.run / BEST)["loss"]) if has_best else math.inf
 
     def start(self) -> None:
         """Write config.json, the split and what was left out of the data, and report the start."""
@@ -218,8 +219,10 @@ class Trainer:
         state, objective, now = self.state, self.state.objective, time.perf_counter()
         figures = {"lr": state.rate, "beta": objective.beta_at(state.step - 1)}
         figures |= {name.rpartition(".")[2]: scale.item() for name, scale in objective.scales().items()}
-        speed = (state.step - self.logged_step) * self.batch_size / (now - self.logged_at)
-        self.recorder.log("train", state.step, *state.running.take(self.world), **figures, images_per_second=speed)
+        figures["images_per_second"] = (state.step - self.logged_step) * self.batch_size / (now - self.logged_at)
+        loss, recon, kl = state.running.take(self.world)
+        bits = Density.of(objective.likelihood).bits_per_dim(recon + kl, math.prod(self.shape))
+        self.recorder.log("train", state.step, loss, recon, kl, bits_per_dim=bits, **figures)
         self.logged_at, self.logged_step = now, state.step
 
     def validate(self) -> None:
@@ -230,7 +233,8 @@ class Trainer:
         step, objective = self.state.step, self.state.update_evaluated()
         self.scores = evaluate(objective, self.validation_set, workers=self.config.workers, world=self.world)
         found, epoch = self.scores.evaluation, step // self.steps_per_epoch
-        figures = {"lr": self.state.rate, "beta": objective.beta_at(step), "active_units": found.active_units}
+        figures = {"bits_per_dim": found.bits_per_dim, "lr": self.state.rate, "beta": objective.beta_at(step)}
+        figures["active_units"] = found.active_units
         self.recorder.log("validation", step, self.scores.loss, found.recon, found.kl, **figures)
         if not self.world.is_first:
             return

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 import fastvae
 from fastvae import schedules
-from fastvae.evaluation.elbo import as_unit_interval, best_log_scale, error_sum, of_means
+from fastvae.evaluation.density import of_means
+from fastvae.evaluation.elbo import as_unit_interval, best_log_scale, error_sum
 from fastvae.evaluation.objective import Objective, by_dimension
 from fastvae.likelihoods import L1, L2, Gaussian, Huber, Likelihood, LogCosh, Scaled, SmoothL1
 from fastvae.models import VAE, saving
@@ -21,6 +22,9 @@ from .checkpoint import LAST
 from .config import TrainConfig
 from .loss_config import LossConfig
 from .perceptual import lpips_distance
+
+# of a run that names neither a likelihood nor a preset; docs/training.md compares them with others
+DEFAULT_LOG_VARIANCE, DEFAULT_BETA = -4.25, 8.0
 
 
 def build_objective(config: TrainConfig, model: VAE, *, batch_size: int, total_steps: int) -> Objective:
@@ -131,7 +135,9 @@ def loss_options(config: LossConfig) -> dict[str, Any]:
     The schedule of beta, free bits and the capacity, which no preset has, are not among them.
     """
     options = {} if config.preset is None else preset_options(config.preset)
-    if config.likelihood is not None:
+    if config.preset is None and config.likelihood is None:
+        options |= {"likelihood": Gaussian(DEFAULT_LOG_VARIANCE), "beta": DEFAULT_BETA}
+    elif config.likelihood is not None:
         options["likelihood"] = likelihood_of(config)
     for name in ("beta", "recon_weight", "reduction", "recon_reduction", "kl_reduction", "logvar_clamp"):
         if getattr(config, name) is not None:

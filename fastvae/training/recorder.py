@@ -4,8 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastvae.evaluation.elbo import bits_per_dim
-
 from .events import Event, Logged
 from .run_folder import METRICS_FILE, MetricsFile, wrap_io_errors
 
@@ -18,7 +16,6 @@ class Recorder:
         notify: Gets each record as an event.
         step: Updates done already; records after it, of a run that fell, are taken out.
         steps_per_epoch: Updates in a pass over the training images.
-        dimensions: Elements of an image.
         writes: Whether this process writes files.
 
     Attributes:
@@ -32,13 +29,11 @@ class Recorder:
         *,
         step: int,
         steps_per_epoch: int,
-        dimensions: int,
         writes: bool,
     ) -> None:
         self.run = run
         self.notify = notify
         self.steps_per_epoch = steps_per_epoch
-        self.dimensions = dimensions
         self.metrics: MetricsFile | None = None
         if writes:
             with wrap_io_errors(run):
@@ -50,10 +45,9 @@ class Recorder:
 
     def log(self, split: str, step: int, loss: float, recon: float, kl: float, **more: float) -> None:
         """Record what the images of `split` cost after `step` updates."""
-        nats = recon + kl
         record = {"step": step, "epoch": -(-step // self.steps_per_epoch), "split": split}
         record |= {"loss": loss, "recon": recon, "kl": kl}
-        record |= {"nats": nats, "bits_per_dim": bits_per_dim(nats, self.dimensions), **more}
+        record |= {"nats": recon + kl, **more}
         with wrap_io_errors(self.run):
             if self.metrics is not None:
                 self.metrics.append(record)
