@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 import fastvae
-from fastvae.likelihoods import L1, L2, Bernoulli, BernoulliProbs, Gaussian, Likelihood, Scaled
+from fastvae.likelihoods import L2, Gaussian, Likelihood, Scaled
 from fastvae.models import VAE
 from fastvae.statistics import ACTIVE_VARIANCE
 
 from .._distributed import ALONE, World
 from ..data.batches import all_batches
+from .density import Density, of_means
 from .objective import Objective
 
 EVALUATION_SEED = 0
@@ -26,9 +27,8 @@ EVALUATION_SEED = 0
 class Evaluation:
     """A model on a set of images; per image, in nats of the likelihood that it was trained with.
 
-    With "l2", a Gaussian decoder's constant is left out.
-
-    `bits_per_dim` is `nats / (elements of an image * ln 2)`.
+    The nats leave out the constant of the likelihood ("l2": of a Gaussian of variance 1/2). `bits_per_dim` counts it,
+    and the 256 levels of 8-bit images, see `fastvae.training.bits_per_dim`.
     """
 
     images: int
@@ -126,25 +126,11 @@ def evaluate(
         nats=nats,
         recon=recon / n_images,
         kl=kl / n_images,
-        bits_per_dim=bits_per_dim(nats, dimensions),
+        bits_per_dim=Density.of(likelihood).bits_per_dim(nats, dimensions),
         active_units=int(latents.active.sum()),
         latent_dim=latent_dim,
     )
     return Scores(evaluation, latents, loss / n_images, log_scale)
-
-
-def bits_per_dim(nats: float, dimensions: int) -> float:
-    """Negative log-likelihood per image element in bits: nats / (dimensions * ln 2).
-
-    For the "l2" likelihood, `nats` leaves out the constant of the Gaussian decoder, dimensions * ln(pi) / 2 at its
-    variance of 1/2, and images are in [0, 1]; so figures compare between runs of fastvae, not with bits/dim of
-    8-bit densities.
-
-    Args:
-        nats: Negative ELBO (or a term of it) per image.
-        dimensions: Elements of an image: channels * height * width.
-    """
-    return nats / (dimensions * math.log(2))
 
 
 @contextmanager
@@ -208,15 +194,6 @@ def baseline_nats(
 
 def has_optimal_scale(likelihood: Likelihood) -> TypeGuard[Gaussian | Scaled]:
     return isinstance(likelihood, Gaussian | Scaled) and isinstance(likelihood.log_scale, str)
-
-
-def of_means(likelihood: Likelihood) -> Likelihood:
-    """The same error of an image's mean instead of its logits."""
-    if isinstance(likelihood, Bernoulli):
-        return BernoulliProbs()
-    if isinstance(likelihood, L1 | L2):
-        return replace(likelihood, from_logits=False)
-    return likelihood
 
 
 def error_sum(likelihood: Likelihood, recon: Tensor, images: Tensor) -> float:

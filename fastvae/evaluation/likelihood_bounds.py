@@ -1,66 +1,18 @@
-"""The density of images that a likelihood stands for, and what a model with latents makes of it: bounds on log p(x)."""
+"""Bounds on log p(x) of images under a model."""
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 import fastvae
-from fastvae.likelihoods import Bernoulli, BernoulliProbs, Gaussian, Likelihood, Scaled
 
 from ..data.batches import all_batches
-from .elbo import EVALUATION_SEED, bits_per_dim, evaluation_mode, of_means
+from .density import Density
+from .elbo import EVALUATION_SEED, evaluation_mode, has_optimal_scale
 from .objective import Objective
-
-# of the integral over distances, scale * sinh(u), whose steps grow with the distance
-_FURTHEST, _N_POINTS = 25.0, 100_001
-
-
-class Density(NamedTuple):
-    """What turns a likelihood's nats into -log p(x | z).
-
-    Attributes:
-        constant: Nats of each element that the loss leaves out.
-        discrete: A probability of binary images, not a density; of gray ones it is a cross entropy.
-    """
-
-    constant: float
-    discrete: bool
-
-    @classmethod
-    def of(cls, likelihood: Likelihood) -> "Density":
-        """p(x | x') = exp(-share e / exp(s)) / Z, e the likelihood's error of an element: loss + log Z - its constants.
-
-        Z is integrated over all real x in float64; "l2" is a Gaussian of variance 1/2, "l1" a Laplace of scale 1.
-
-        Raises:
-            ValueError: a scale of each sample or element, which differs from image to image.
-        """
-        scaled = isinstance(likelihood, Gaussian | Scaled)
-        base = likelihood.base if isinstance(likelihood, Gaussian | Scaled) else likelihood
-        if isinstance(base, Bernoulli | BernoulliProbs):
-            if scaled:
-                raise ValueError("a Bernoulli likelihood with a scale is no probability. Choose another likelihood.")
-            return cls(0.0, True)
-        share, log_scale, counted = 1.0, 0.0, 0.0
-        if isinstance(likelihood, Gaussian | Scaled):
-            if isinstance(likelihood.log_scale, str):
-                raise ValueError("an optimal scale is known only after the images are. Put in the number it came to.")
-            scale = torch.as_tensor(likelihood.log_scale, dtype=torch.float64, device="cpu")
-            if scale.numel() != 1:
-                raise ValueError(f"the likelihood must have one scale; got a tensor of shape {tuple(scale.shape)}.")
-            share, log_scale = likelihood.nll_weight, likelihood.clipped(float(scale.detach()))
-            counted = share * log_scale + likelihood.constant
-        u = torch.linspace(-_FURTHEST, _FURTHEST, _N_POINTS, dtype=torch.float64)
-        step = math.exp(log_scale) * u.cosh()
-        distances = math.exp(log_scale) * u.sinh()
-        errors = fastvae.reconstruction_loss(
-            distances, torch.zeros_like(u), likelihood=of_means(base), reduction="none"
-        )
-        integral = torch.trapezoid(torch.exp(-share * math.exp(-log_scale) * errors) * step, u)
-        return cls(math.log(integral) - counted, False)
 
 
 @torch.no_grad()
@@ -90,11 +42,15 @@ def importance_weighted_nats(
         workers: Processes that load images.
 
     Raises:
-        ValueError: `Density` of the likelihood is not known.
+        ValueError: the likelihood has no `Density`, or an optimal scale, which is another one for each batch.
 
     Source: Burda et al., Importance Weighted Autoencoders, arXiv:1509.00519, eq. 8.
     """
     density = Density.of(objective.likelihood)
+    if has_optimal_scale(objective.likelihood):
+        raise ValueError(
+            "an optimal scale is known only after the images are. Set the value that it had with fix_scale."
+        )
     device = next(objective.parameters()).device
     shape, n_images = objective.model.config.latent_shape, len(dataset)  # type: ignore[arg-type]
     n_latents = math.prod(shape)
@@ -122,15 +78,3 @@ def importance_weighted_nats(
 
 def _normal(like: Tensor, offset: int) -> Tensor:
     return fastvae.philox_normal(like.shape, seed=EVALUATION_SEED, offset=offset, device=like.device)
-
-
-def bits_per_dim_of_bytes(nats: float, dimensions: int, *, discrete: bool) -> float:
-    """Bits for each element of an image of 256 levels, (nats + D log 256) / (D log 2): a level's probability is its
-    density, of values in [0, 1], times its width of 1/256. Of binary images: nats / (D log 2).
-
-    Args:
-        nats: -log p(x), or a bound on it, with all constants.
-        dimensions: D, elements of an image.
-        discrete: `nats` are of a probability of binary images.
-    """
-    return bits_per_dim(nats, dimensions) + (0.0 if discrete else 8.0)

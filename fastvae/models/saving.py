@@ -78,12 +78,12 @@ def checksum(state: dict[str, Tensor], text: str) -> str:
 def write_files(
     directory: Path, weights: str, state: dict[str, Tensor], config: dict[str, Any], metadata: dict[str, str]
 ) -> None:
-    """Write the file of weights and config.json, each replaced as a whole."""
+    """Write config.json, then the file of weights, each replaced as a whole."""
     tensors = {name: tensor.contiguous() for name, tensor in state.items()}
     content = _safetensors().torch.save(tensors, {"format": "pt"} | metadata)
     directory.mkdir(parents=True, exist_ok=True)
-    write_bytes(directory / weights, content)
     write_json(directory / CONFIG, config)
+    write_bytes(directory / weights, content)
 
 
 def read_files(

@@ -1,7 +1,7 @@
 """Training: one plain loop, its options, and what it leaves in the run folder."""
 
+from fastvae.evaluation.density import bits_per_dim as bits_per_dim
 from fastvae.evaluation.elbo import Evaluation as Evaluation
-from fastvae.evaluation.elbo import bits_per_dim as bits_per_dim
 from fastvae.evaluation.objective import Objective as Objective
 
 from .config import TrainConfig as TrainConfig

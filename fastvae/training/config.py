@@ -75,8 +75,8 @@ class TrainConfig(LossConfig):
     """Steps between two lines of training metrics."""
     checkpoint_every: int = 200
     """Steps between two checkpoints; the last step is always saved."""
-    log: Literal["tensorboard"] | None = None
-    """Write the figures of metrics.jsonl for TensorBoard too, under the same names."""
+    log: Literal["tensorboard", "csv"] | None = None
+    """Write the figures of metrics.jsonl for other programs too: "tensorboard" with pictures and options, or "csv"."""
     backbone: Literal["conv", "mlp", "autoencoder_kl"] = "conv"
     """Encoder and decoder: convolutional, fully connected, or the residual autoencoder of latent diffusion."""
     latent_dim: int = 32

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 import fastvae
 from fastvae import schedules
-from fastvae.evaluation.elbo import as_unit_interval, best_log_scale, error_sum, of_means
+from fastvae.evaluation.density import of_means
+from fastvae.evaluation.elbo import as_unit_interval, best_log_scale, error_sum
 from fastvae.evaluation.objective import Objective, by_dimension
 from fastvae.likelihoods import L1, L2, Gaussian, Huber, Likelihood, LogCosh, Scaled, SmoothL1
 from fastvae.models import VAE, saving
