@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from . import _checks, _numbers
 from ._dtypes import compute_dtype
 from .functional import Prior, philox_normal, reconstruction_loss
-from .likelihoods import Gaussian, Likelihood, Scaled, resolve
+from .likelihoods import CountLikelihood, Gaussian, Likelihood, Scaled, resolve
 from .reference import per_sample
 
 
@@ -155,7 +155,7 @@ def _constant(likelihood: str | Likelihood) -> float:
             'Gaussian("optimal") takes its variance from the samples, so it is no density. Pass logvar as a float '
             "or as a tensor."
         )
-    if resolved.log_normalizer is not None:
+    if not isinstance(resolved, CountLikelihood) and resolved.log_normalizer is not None:
         return resolved.log_normalizer
     name = repr(likelihood) if isinstance(likelihood, str) else type(likelihood).__name__
     scaled = f" of {type(resolved.base).__name__}" if isinstance(resolved, Scaled) else ""
