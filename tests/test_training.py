@@ -252,7 +252,7 @@ def test_mirrored_images_are_the_same_after_a_continuation(config, whole_run, tm
     assert metrics_of(run) != metrics_of(whole_run)
 
     def stop(event):
-        if isinstance(event, Logged) and event.record["step"] == 12:
+        if isinstance(event, Logged) and event.record["step"] == 8:
             signal.raise_signal(signal.SIGTERM)
 
     with pytest.raises(TrainingInterrupted):

@@ -40,7 +40,7 @@ Examples:
 
 GROUPS = {
     "data": "data image_size flip strict validation",
-    "model": "backbone latent_dim width hidden latent_channels",
+    "model": "backbone latent_dim width residual hidden latent_channels",
     "loss": " ".join(field.name for field in fields(LossConfig)),
     "optimisation": "epochs batch_size learning_rate warmup_steps weight_decay clip_norm ema seed",
     "run and logging": "out resume init_from log log_every checkpoint_every",
