@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any, NoReturn
 
@@ -15,19 +15,28 @@ from . import _numbers
 from ._dtypes import compute_dtype, in_dtype
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+SCHEDULES = ("Linear", "Cosine", "Sigmoid", "Cyclical")
 
 
 def names(dtypes: Iterable[torch.dtype]) -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
-def choice(name: str, value: object, known: Iterable[str]) -> None:
+def choice(name: str, value: object, known: Iterable[str], synonyms: Mapping[str, str] = {}) -> None:
+    """Check that value is one of the known names; `synonyms` says in code what to pass for other names."""
     known = list(known)
     if value in known:
         return
-    close = difflib.get_close_matches(str(value), known, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
+    word = str(value).lower()
+    close = difflib.get_close_matches(word, known, n=1)
+    meant = synonyms.get(word) or (repr(close[0]) if close else None)
+    hint = f" Did you mean {meant}?" if meant else ""
     raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}.{hint}")
+
+
+def kind(value: object) -> str:
+    """What a caller passed, in an error about its type."""
+    return f"the class {value.__name__}, not an object of it" if isinstance(value, type) else type(value).__name__
 
 
 def float_tensor(name: str, tensor: Any, *, also: tuple[torch.dtype, ...] = ()) -> None:
@@ -124,7 +133,12 @@ def weight(name: str, value: Any) -> float | Tensor:
             )
         return value
     if type(value) is not float and (isinstance(value, bool) or not isinstance(value, int | float | Real)):
-        raise TypeError(f"{name} must be a float or a 0-dimensional tensor; got {type(value).__name__}.")
+        hint = ""
+        if name == "beta":
+            (schedule, *_) = [*difflib.get_close_matches(str(value).title(), SCHEDULES, n=1), "Linear"]
+            call = f"fastvae.schedules.{schedule}(0.0, 1.0, steps)"
+            hint = f" For a schedule, use VAELoss(beta={call}), or pass its .value to a function."
+        raise TypeError(f"{name} must be a float or a 0-dimensional tensor; got {kind(value)}.{hint}")
     number = _numbers.number(name, value)
     if not number >= 0:
         fail(f"{name} must be 0 or more; got {value!r}. To subtract a term, negate the result instead.")

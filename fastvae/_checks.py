@@ -17,6 +17,7 @@ from ._argument_checks import fail as fail
 from ._argument_checks import float_tensor as float_tensor
 from ._argument_checks import gaussian as gaussian
 from ._argument_checks import halves as halves
+from ._argument_checks import kind as kind
 from ._argument_checks import log_scale as log_scale
 from ._argument_checks import logvar_clamp as logvar_clamp
 from ._argument_checks import names
@@ -222,11 +223,11 @@ def recon_weight(value: Any, recon: Tensor) -> tuple[float | Tensor, Tensor | No
 
 
 def regularizers(free_bits: Any, free_bits_type: type, capacity: Any, capacity_type: type) -> None:
-    for name, value, kind in (("free_bits", free_bits, free_bits_type), ("capacity", capacity, capacity_type)):
-        if value is not None and not isinstance(value, kind):
+    for name, value, cls in (("free_bits", free_bits, free_bits_type), ("capacity", capacity, capacity_type)):
+        if value is not None and not isinstance(value, cls):
             raise TypeError(
-                f"{name} must be None or a {kind.__module__}.{kind.__name__}; got {type(value).__name__}. "
-                f"For example {kind.__name__}(0.5)."
+                f"{name} must be None or a {cls.__module__}.{cls.__name__}; got {kind(value)}. "
+                f"For example {cls.__name__}(0.5)."
             )
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _numbers
+from ._custom import Custom
 from ._likelihood_base import Elementwise, Piece
 
 _aten = torch.ops.aten
@@ -283,4 +284,4 @@ NAMED: dict[str, Elementwise] = {
 
 _OF_LOGITS = L2(from_logits=True), L1(from_logits=True)
 # by the names of errors; the parameter of the object is not read. SmoothL1 has that of Huber
-ERRORS = {likelihood.name: likelihood for likelihood in reversed((*NAMED.values(), *_OF_LOGITS))}
+ERRORS = {likelihood.name: likelihood for likelihood in reversed((*NAMED.values(), *_OF_LOGITS, Custom(torch.sub)))}

@@ -76,8 +76,9 @@ class Elementwise:
 
     @property
     def spec(self) -> LikelihoodSpec:
-        options = ErrorOptions(self.name, self.parameter, self.target_scale, self.target_shift, 1 / self.factor)
-        return LikelihoodSpec(options, float(self.factor), self.mask_normalize)
+        factor = float(self.factor)
+        options = ErrorOptions(self.name, self.parameter, self.target_scale, self.target_shift, 1 / factor)
+        return LikelihoodSpec(options, factor, self.mask_normalize)
 
     def error(self, recon: Tensor, target: Tensor, parameter: float) -> Tensor:
         """e / factor of each element, differentiable any number of times."""

@@ -128,7 +128,8 @@ def reconstruction_loss(
     """
     if mask is not None:
         mask = _checks.mask(mask, recon)
-    likelihood_spec, log_scale, sample_log_scale = resolve_likelihood(likelihood, recon, mask)
+    resolved = resolve_likelihood(likelihood, recon, target, mask)
+    recon, target, likelihood_spec, log_scale, sample_log_scale = resolved
     tensors = ElboTensors(recon, target, log_scale, mask=mask, weight=weight, sample_log_scale=sample_log_scale)
     if extra is not None:
         of_samples, of_elements = _extra(extra, recon, log_scale)
@@ -177,7 +178,8 @@ def vae_loss(
             steps without a sync or a recompilation; the backward pass uses the value that the forward pass saw. [B]:
             one weight per sample.
         likelihood: "l2", "l1", "huber", "smooth_l1", "log_cosh", "bernoulli" (logits), "bernoulli_probs", or an object
-            of `fastvae.likelihoods`, where their formulas are.
+            of `fastvae.likelihoods`, where their formulas are. Or a function (recon, target) -> error of each element,
+            in plain PyTorch, which autograd differentiates: slower, see `fastvae.likelihoods.Custom`.
         reduction: "batchmean": sum over elements, mean over the batch; "sum"; "mean": each term over its own elements;
             "none": [B].
         recon_reduction, kl_reduction: Override `reduction` for one term.
@@ -254,7 +256,8 @@ def vae_loss(
     if type(likelihood) is str and likelihood in SPECS:
         spec_of_likelihood = likelihood
     else:
-        spec_of_likelihood, log_scale, sample_log_scale = resolve_likelihood(likelihood, recon, mask)
+        resolved = resolve_likelihood(likelihood, recon, target, mask, inplace=inplace)
+        recon, target, spec_of_likelihood, log_scale, sample_log_scale = resolved
     if type(beta) is not float or not beta >= 0:
         beta, betas = _checks.beta(beta, recon)
     if type(recon_weight) is not float or not recon_weight >= 0:

@@ -1,12 +1,14 @@
 """What a reconstruction's error is: `vae_loss(..., likelihood=...)` takes a name or an object of this module."""
 
 import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import _checks, _numbers
+from ._custom import Custom as Custom
 from ._elementwise import L1 as L1
 from ._elementwise import L2 as L2
 from ._elementwise import NAMED as NAMED
@@ -113,7 +115,7 @@ class Scaled(_WithScale):
     """e / exp(s) + s for each element, e that of `base`, as the autoencoder loss of latent diffusion.
 
     Args:
-        base: A name or an elementwise likelihood.
+        base: A name, an elementwise likelihood or a function, as the likelihood of `vae_loss`.
         log_scale: s: as the logvar of `Gaussian`, without "optimal".
 
     Raises:
@@ -122,7 +124,9 @@ class Scaled(_WithScale):
     Source: Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Models, arXiv:2112.10752, the code.
     """
 
-    def __init__(self, base: str | Elementwise, log_scale: float | Tensor = 0.0) -> None:
+    def __init__(
+        self, base: str | Elementwise | Callable[[Tensor, Tensor], Tensor], log_scale: float | Tensor = 0.0
+    ) -> None:
         resolved = resolve(base)
         if not isinstance(resolved, Elementwise):
             raise TypeError(
@@ -139,8 +143,19 @@ class Scaled(_WithScale):
         return f"base={self.base}, log_scale={_shown(self.log_scale)}"
 
 
-Likelihood = Elementwise | Gaussian | Scaled
+Likelihood = Elementwise | Gaussian | Scaled | Callable[[Tensor, Tensor], Tensor]
 
+# names of other libraries
+SYNONYMS = {
+    "mse": "'l2'",
+    "mae": "'l1'",
+    "bce": "'bernoulli' for logits, or 'bernoulli_probs' for probabilities",
+    "bce_with_logits": "'bernoulli'",
+    "gaussian": "fastvae.likelihoods.Gaussian(logvar), or 'l2' for a variance of 1/2 without its constant",
+    "laplace": "fastvae.likelihoods.Scaled('l1', log_scale), or 'l1' for a scale of 1 without its constant",
+    "scaled": "fastvae.likelihoods.Scaled('l2', log_scale)",
+}
+SYNONYMS["normal"] = SYNONYMS["gaussian"]
 SPECS = {name: likelihood.spec for name, likelihood in NAMED.items()}
 _NAMES = {spec: name for name, spec in reversed(SPECS.items())}
 
@@ -148,27 +163,39 @@ _NAMES = {spec: name for name, spec in reversed(SPECS.items())}
 class Resolved(NamedTuple):
     """A likelihood for images of one shape."""
 
+    recon: Tensor  # both as given, or errors in place of the reconstruction
+    target: Tensor
     spec: str | LikelihoodSpec  # a name, if it is one of `SPECS`: equal spellings share a plan
     log_scale: Tensor | None = None  # in the shape of recon
     sample_log_scale: Tensor | None = None  # 0-d or [B]
 
 
-def resolve_likelihood(likelihood: str | Likelihood, recon: Tensor, mask: Tensor | None = None) -> Resolved:
+def resolve_likelihood(
+    likelihood: str | Likelihood, recon: Tensor, target: Tensor, mask: Tensor | None = None, *, inplace: bool = False
+) -> Resolved:
     """What a loss is given of a likelihood.
 
     Raises:
-        ValueError, TypeError: unknown name; no likelihood; a scale that does not fit.
+        ValueError, TypeError: unknown name; no likelihood; a scale that does not fit; a function that does not.
     """
     likelihood = resolve(likelihood)
     spec = likelihood.spec
-    if isinstance(likelihood, Elementwise) and spec in _NAMES:
-        return Resolved(_NAMES[spec])
+    if isinstance(likelihood.base, Custom):
+        if inplace:
+            _checks.fail(
+                "inplace=True needs a likelihood whose gradient fastvae computes; got a function. Leave it out."
+            )
+        _checks.images(recon, target)
+        recon = likelihood.base.errors(recon, target, mask)
+        target = recon.detach()  # not looked at
+    elif isinstance(likelihood, Elementwise) and spec in _NAMES:
+        return Resolved(recon, target, _NAMES[spec])
     log_scale = likelihood.log_scale if isinstance(likelihood, _WithScale) else None
     if not isinstance(log_scale, Tensor):
-        return Resolved(spec)
+        return Resolved(recon, target, spec)
     _checks.same_device("the likelihood's scale", log_scale, "recon", recon)
     if log_scale.numel() == 1 or log_scale.shape in (recon.shape[:1], (*recon.shape[:1], *[1] * (recon.ndim - 1))):
-        return Resolved(spec, None, log_scale.reshape(() if log_scale.numel() == 1 else -1))
+        return Resolved(recon, target, spec, None, log_scale.reshape(() if log_scale.numel() == 1 else -1))
     if spec.factor != 1 or spec.softclip is not None:  # more than the op acts on it: round once
         log_scale = log_scale.to(compute_dtype(log_scale))
     log_scale = _checks.expanded("the likelihood's scale", log_scale, "recon", recon)
@@ -180,24 +207,31 @@ def resolve_likelihood(likelihood: str | Likelihood, recon: Tensor, mask: Tensor
         log_scale = log_scale - math.log(factor)
         constant = spec.constant + spec.nll_weight * math.log(factor)
         spec = spec._replace(factor=1.0, constant=constant)
-    return Resolved(spec, log_scale)
+    return Resolved(recon, target, spec, log_scale)
 
 
-def resolve(likelihood: str | Likelihood) -> Likelihood:
-    """The likelihood of this name, or the object itself.
+def resolve(likelihood: str | Likelihood) -> Elementwise | Gaussian | Scaled:
+    """The likelihood of this name, the object itself, or `Custom` of a function.
 
     Raises:
         ValueError: unknown name. TypeError: something else.
     """
     if isinstance(likelihood, str):
-        _checks.choice("likelihood", likelihood, NAMED)
+        _checks.choice("likelihood", likelihood, NAMED, SYNONYMS)
         return NAMED[likelihood]
-    if not isinstance(likelihood, Elementwise | _WithScale):
+    if isinstance(likelihood, Elementwise | Gaussian | Scaled):
+        return likelihood
+    if isinstance(likelihood, type):
         raise TypeError(
-            f"likelihood must be a name or an object of fastvae.likelihoods; got {type(likelihood).__name__}. "
-            f"Names are {', '.join(map(repr, NAMED))}."
+            f"likelihood must be a name, an object or a function; got {_checks.kind(likelihood)}. Pass "
+            f"{likelihood.__name__}(...)."
         )
-    return likelihood
+    if not callable(likelihood):
+        raise TypeError(
+            f"likelihood must be a name, an object of fastvae.likelihoods or a function (recon, target) -> errors; got "
+            f"{type(likelihood).__name__}. Names are {', '.join(map(repr, NAMED))}."
+        )
+    return Custom(likelihood)
 
 
 def _shown(log_scale: object) -> str:

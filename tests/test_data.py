@@ -13,8 +13,8 @@ import torch
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from fastvae.data import ArrayImages, DataError, ImageDataset, absolute_source, identify, load, split
+from fastvae.data.batches import load_batches
 from fastvae.data.build_fashion_mnist import build
-from fastvae.training.batches import load_batches
 
 
 def random_images(*shape: int) -> np.ndarray:

@@ -16,6 +16,7 @@ LAYERS = [
     {"__main__"},
     {"cli"},
     {"training", "integrations"},
+    {"evaluation"},
     {"models", "data", "loss", "distributions", "iwae", "capture"},
     {"functional", "statistics", "input_checks"},
     {"_batch_terms", "sampling", "presets"},
@@ -23,8 +24,9 @@ LAYERS = [
     {"likelihoods", "regularizers", "schedules", "parametrizations", "noise_state"},
     {"fallback", "fastvae_kernels"},
     {"_seeds"},
-    {"reference", "_checks", "_backend", "_files", "_modules"},
+    {"reference", "_checks", "_backend", "_distributed", "_files", "_modules"},
     {"_elementwise", "_argument_checks"},
+    {"_custom"},
     {"_likelihood_base"},
     {"_strides", "_dtypes", "_numbers", "_graphs"},
     {"types"},
@@ -104,7 +106,7 @@ def test_wheel_holds_the_two_packages(tmp_path):
         "fastvae/py.typed",
         "fastvae_kernels/py.typed",
         "fastvae/data/fashion_mnist.npz",
-        "fastvae/training/report.html",
+        "fastvae/evaluation/report.html",
     ):
         assert needed in names
     assert any(name.endswith("fashion_mnist.LICENSE") for name in names)
@@ -121,6 +123,21 @@ z, kl = fastvae.reparameterize_kl(mu, mu, seed=1)
 fastvae.VAELoss()(z, torch.zeros(2, 3), kl=kl).backward()
 assert mu.grad is not None
 assert {m for m in sys.modules if m.startswith("fastvae_kernels.")} == {"fastvae_kernels.types"}
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+
+
+def test_the_package_shows_its_public_names_only():
+    script = """
+import sys, fastvae
+assert sorted(dir(fastvae)) == sorted([*fastvae.__all__, "__version__"])
+modules = {"fastvae.data", "fastvae.evaluation", "fastvae.models", "fastvae.training"}
+assert not modules & set(sys.modules)
+assert all(hasattr(fastvae, name) for name in fastvae.__all__)
+assert modules <= set(sys.modules)
+assert not hasattr(fastvae, "no_such_name")
+from fastvae import *
+assert VAELoss and models.VAE and data.load
 """
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
 

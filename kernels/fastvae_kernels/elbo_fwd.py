@@ -23,12 +23,22 @@ _STRIDES: tuple[tuple[int, ...], ...] = (), (1,)  # of a scalar, and of one valu
 
 
 @triton.jit
+def _sum_of_groups(x, SIZE: tl.constexpr):
+    """Over runs of columns as long as an access of 16 bytes: a thread has them all, and then keeps one register for
+    each.
+    """
+    return tl.sum(x.reshape(x.shape[0], x.shape[1] // SIZE, SIZE), axis=2)
+
+
+@triton.jit
 def _image_program(pid, images, likelihood, geometry, partials, factor, samples, options):
     first_row, first_col, rows = tile_origin(pid, geometry)
     row_factor = error_factor(
         samples, options, unpack_f64(factor, geometry.dtype), rows, rows < geometry.n_rows, geometry.dtype
     )
-    errors = tl.zeros([geometry.block_rows, geometry.block_cols], geometry.dtype)
+    access: tl.constexpr = 128 // images.recon.dtype.element_ty.primitive_bitwidth
+    group: tl.constexpr = access if geometry.sizes is None and geometry.block_cols >= access else 1
+    errors = tl.zeros([geometry.block_rows, geometry.block_cols // group], geometry.dtype)
     counts = tl.zeros([geometry.block_rows, geometry.block_cols], geometry.dtype)
     weighed = tl.zeros([geometry.block_rows, geometry.block_cols], geometry.dtype)
     weights = tl.zeros([geometry.block_rows, geometry.block_cols], geometry.dtype)
@@ -44,7 +54,7 @@ def _image_program(pid, images, likelihood, geometry, partials, factor, samples,
             error, weight = image_tile(images, ptrs, likelihood, row_factor, 0.0, mask, geometry.dtype)
             if partials.counts is not None:
                 counts += load(ptrs.mask, mask, geometry.dtype)
-        errors += error
+        errors += _sum_of_groups(error, group)
         if images.weight is not None:
             weighed += error * weight
             weights += weight
@@ -177,8 +187,7 @@ def elbo_fwd(
     beta, recon_weight, _ = numbers
     factor = 0.0 if drecon is None else plan.recon_scale * recon_weight
     factor, recon_weight, beta = pack_all(factor, recon_weight, beta)
-    recon_partials = free_bits_partials = weight_map = None
-    image_partials = _NO_PARTIALS
+    image_partials, free_bits_partials, weight_map = _NO_PARTIALS, None, None
     kl_partials = kl
     images, latents = _NO_IMAGES, _NO_LATENTS
     if plan.weighs_elements:
@@ -187,7 +196,7 @@ def elbo_fwd(
         recon_partials = torch.empty_strided(*plan.recon_partials, dtype=plan.recon_dtype, device=plan.device)
         count_partials = torch.empty_like(recon_partials) if plan.counts_mask else None
         image_partials = ImagePartials(recon_partials, count_partials)
-        if plan.weighs_elements:
+        if weight_map is not None:
             weights = torch.empty_like(recon_partials), torch.empty_like(recon_partials)
             image_partials = ImagePartials(recon_partials, count_partials, *weights)
         images = Images(recon, target, log_scale, mask, extra_map, weight_map, drecon, None, dlog_scale)
@@ -227,7 +236,7 @@ def elbo_fwd(
         # values of numbers that are tensors, which may change before the backward pass
         seen = torch.empty(2, dtype=plan.dtype, device=plan.device) if plan.has_number_tensors else None
         if plan.fold_programs:
-            sums = recon_partials, kl_partials, free_bits_partials
+            sums = image_partials.errors, kl_partials, free_bits_partials
             results = loss, recon_term, kl_term, seen
             arguments = *sums, *results, *plan.factors, recon_weight, beta, *plan.fold
             grid = (plan.fold_programs,)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 import fastvae
-from fastvae.likelihoods import L1, L2, Bernoulli, BernoulliProbs, Gaussian, Likelihood, Scaled
+from fastvae.likelihoods import L2, Gaussian, Likelihood, Scaled
 from fastvae.models import VAE
 from fastvae.statistics import ACTIVE_VARIANCE
 
-from .batches import all_batches
-from .distributed import ALONE, World
-from .metrics import bits_per_dim
+from .._distributed import ALONE, World
+from ..data.batches import all_batches
+from .density import Density, of_means
 from .objective import Objective
 
 EVALUATION_SEED = 0
@@ -27,9 +27,8 @@ EVALUATION_SEED = 0
 class Evaluation:
     """A model on a set of images; per image, in nats of the likelihood that it was trained with.
 
-    With "l2", a Gaussian decoder's constant is left out.
-
-    `bits_per_dim` is `nats / (elements of an image * ln 2)`.
+    The nats leave out the constant of the likelihood ("l2": of a Gaussian of variance 1/2). `bits_per_dim` counts it,
+    and the 256 levels of 8-bit images, see `fastvae.training.bits_per_dim`.
     """
 
     images: int
@@ -95,7 +94,7 @@ def evaluate(
         math.prod(objective.model.config.image_shape),
         math.prod(objective.model.config.latent_shape),
     )
-    own = world.part(len(dataset))  # type: ignore[arg-type]
+    own = world.shard_range(len(dataset))  # type: ignore[arg-type]
     place = own.start
     means = [torch.empty(0, latent_dim)]
     kl_per_dim = torch.zeros(latent_dim)
@@ -120,14 +119,14 @@ def evaluate(
     if has_optimal_scale(likelihood):
         log_scale = best_log_scale(error, n_images * dimensions)
         recon = nats_at_scale(likelihood, log_scale, error, n_images * dimensions)
-    latents = Latents(world.joined(torch.cat(means)), kl_per_dim / n_images)
+    latents = Latents(world.all_gather(torch.cat(means)), kl_per_dim / n_images)
     nats = recon / n_images + kl / n_images
     evaluation = Evaluation(
         images=n_images,
         nats=nats,
         recon=recon / n_images,
         kl=kl / n_images,
-        bits_per_dim=bits_per_dim(nats, dimensions),
+        bits_per_dim=Density.of(likelihood).bits_per_dim(nats, dimensions),
         active_units=int(latents.active.sum()),
         latent_dim=latent_dim,
     )
@@ -195,15 +194,6 @@ def baseline_nats(
 
 def has_optimal_scale(likelihood: Likelihood) -> TypeGuard[Gaussian | Scaled]:
     return isinstance(likelihood, Gaussian | Scaled) and isinstance(likelihood.log_scale, str)
-
-
-def of_means(likelihood: Likelihood) -> Likelihood:
-    """The same error of an image's mean instead of its logits."""
-    if isinstance(likelihood, Bernoulli):
-        return BernoulliProbs()
-    if isinstance(likelihood, L1 | L2):
-        return replace(likelihood, from_logits=False)
-    return likelihood
 
 
 def error_sum(likelihood: Likelihood, recon: Tensor, images: Tensor) -> float:
