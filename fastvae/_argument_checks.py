@@ -14,6 +14,7 @@ from fastvae_kernels.types import Clamp, TensorMeta
 from . import _numbers
 from ._dtypes import compute_dtype, in_dtype
 
+SCHEDULES = ("Linear", "Cosine", "Sigmoid", "Cyclical")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SCHEDULES = ("Linear", "Cosine", "Sigmoid", "Cyclical")
 

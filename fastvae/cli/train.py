@@ -39,7 +39,7 @@ Examples:
 """
 
 GROUPS = {
-    "data": "data image_size strict validation",
+    "data": "data image_size flip strict validation",
     "model": "backbone latent_dim width hidden latent_channels",
     "loss": " ".join(field.name for field in fields(LossConfig)),
     "optimisation": "epochs batch_size learning_rate warmup_steps weight_decay clip_norm ema seed",
