@@ -287,6 +287,22 @@ def defined(free_bits: Any, capacity_mode: str | None, mask_normalize: bool, red
             fail(f'{option} of the batch has no value per sample; got kl_reduction="none". Choose another mode.')
 
 
+def count_options(extra: object, inplace: bool) -> None:
+    """Options that a likelihood of counts does not have."""
+    if extra is not None:
+        fail("extra has no meaning for a likelihood of counts, whose elements have no scale. Add it to the loss.")
+    if inplace:
+        fail("inplace=True does not work with a likelihood of counts, which reads recon again. Leave it out.")
+
+
+def no_likelihood_args(arguments: object) -> None:
+    if arguments is not None:
+        fail(
+            "likelihood_args are for likelihoods of counts: NegativeBinomial, Poisson and Multinomial of "
+            "fastvae.likelihoods. Leave them out."
+        )
+
+
 def overwritable(recon: Tensor, target: Tensor, recon_weight: object, one_pass: bool) -> None:
     """inplace=True: the gradient takes recon's memory, so recon must be an intermediate result that owns it."""
     if not (recon.requires_grad and torch.is_grad_enabled()):

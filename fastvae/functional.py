@@ -1,6 +1,6 @@
 """The public functions."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,9 +10,10 @@ from fastvae_kernels.types import Clamp, ElboNumbers, ElboTensors
 
 from . import _checks
 from ._batch_terms import elbo_with_batch_terms, needs_batch_terms
+from ._count_terms import elbo_of_counts
 from ._numbers import is_integer
 from ._seeds import noise_source
-from .likelihoods import SPECS, Likelihood, LikelihoodSpec, resolve_likelihood
+from .likelihoods import SPECS, CountLikelihood, Likelihood, LikelihoodSpec, resolve_likelihood
 from .ops._elbo_plan import LossSpec
 from .ops.elbo import elbo
 from .regularizers import Capacity, FreeBits
@@ -164,13 +165,14 @@ def reconstruction_loss(
     weight: Tensor | None = None,
     mask: Tensor | None = None,
     extra: Tensor | None = None,
+    likelihood_args: Mapping[str, Tensor | None] | None = None,
 ) -> Tensor:
     """Error of a reconstruction, sum over its elements: "l2" is the sum of (recon - target)^2.
 
     Args:
         recon: The decoder's output, [B, ...]; float64, float32, bfloat16 or float16; any strides.
         target: Shape and device of `recon`; floating point, or uint8, which stands for value / 255.
-        likelihood, weight, mask, extra: As in `vae_loss`.
+        likelihood, weight, mask, extra, likelihood_args: As in `vae_loss`.
         reduction: "batchmean": sum over all, divided by B; "sum"; "mean": divided by the number of elements; "none":
             [B].
 
@@ -183,6 +185,12 @@ def reconstruction_loss(
     """
     if mask is not None:
         mask = _checks.mask(mask, recon)
+    if isinstance(likelihood, CountLikelihood):
+        _checks.count_options(extra, inplace=False)
+        spec = LossSpec(None, _checks.reduction(reduction), reduction, one_pass=True)
+        tensors = ElboTensors(recon, target, mask=mask, weight=weight)
+        return elbo_of_counts(likelihood, likelihood_args, tensors, ElboNumbers(), spec)[1]
+    _checks.no_likelihood_args(likelihood_args)
     likelihood_spec, log_scale, sample_log_scale, extra, extra_map = resolve_likelihood(likelihood, recon, extra, mask)
     images = ElboTensors(recon, target, log_scale, extra_map, mask=mask)
     tensors = images._replace(weight=weight, extra=extra, sample_log_scale=sample_log_scale)
@@ -214,6 +222,7 @@ def vae_loss(
     extra: Tensor | None = None,
     one_pass: bool = True,
     inplace: bool = False,
+    likelihood_args: Mapping[str, Tensor | None] | None = None,
 ) -> VAELossTerms:
     """The loss of a variational autoencoder: the negative evidence lower bound, in nats per sample by default.
 
@@ -253,6 +262,9 @@ def vae_loss(
         inplace: Let that gradient overwrite `recon` itself: no memory of its own, and on a CPU no fresh pages, which
             are most of the cost. recon holds garbage afterwards. An upstream gradient that is not a power of two rounds
             a 16-bit gradient a second time. Ignored where no gradient is asked for and under torch.compile.
+        likelihood_args: For a likelihood of counts: its arguments for this batch by name, such as
+            {"log_library": ..., "index": ...}; they take precedence over those that the likelihood holds. With these
+            likelihoods, extra and inplace are errors, and the target are counts of any dtype, dense or CSR.
 
     Returns:
         VAELossTerms(loss, recon, kl): 0-d, or [B] for "none"; float64 if any tensor but the mask is, weights and the
@@ -278,6 +290,10 @@ def vae_loss(
     if kl is not None:
         _checks.kl_given(recon, mu, logvar, prior, logvar_clamp, free_bits, kl_mask, kl_reduction or reduction)
         n_latents, mu = None if mu is None else mu.numel(), None
+    if isinstance(likelihood, CountLikelihood):
+        _checks.count_options(extra, inplace)
+    else:
+        _checks.no_likelihood_args(likelihood_args)
     if inplace:
         _checks.overwritable(recon, target, recon_weight, one_pass)
     if free_bits is not None or capacity is not None:
@@ -290,10 +306,10 @@ def vae_loss(
         mask = _checks.mask(mask, recon)
     if kl_mask is not None and mu is not None:
         kl_mask = _checks.mask(kl_mask, mu, "kl_mask", "mu")
-    spec_of_likelihood: str | LikelihoodSpec
+    spec_of_likelihood: str | LikelihoodSpec | None = None
     if type(likelihood) is str and likelihood in SPECS:
         spec_of_likelihood = likelihood
-    else:
+    elif not isinstance(likelihood, CountLikelihood):
         resolved = resolve_likelihood(likelihood, recon, extra, mask)
         spec_of_likelihood, log_scale, sample_log_scale, extra, extra_map = resolved
     if type(beta) is not float or not beta >= 0:
@@ -308,6 +324,10 @@ def vae_loss(
     images = recon, target, log_scale, extra_map
     tensors = (*images, mu, logvar, prior_mu, prior_logvar, mask, kl_mask, kl, weight, extra, sample_log_scale)
     numbers = beta, recon_weight, capacity_nats
+    if isinstance(likelihood, CountLikelihood):
+        if kl is None:
+            _checks.posterior(recon, mu, logvar)
+        return VAELossTerms(*elbo_of_counts(likelihood, likelihood_args, tensors, numbers, spec))
     if needs_batch_terms(spec):
         return VAELossTerms(*elbo_with_batch_terms(tensors, numbers, spec))
     return VAELossTerms(*elbo(tensors, numbers, spec))

@@ -15,6 +15,10 @@ from fastvae_kernels.types import ErrorOptions
 
 from . import _checks, _numbers
 from ._modules import KeepsPrecision
+from .likelihood_counts import CountLikelihood as CountLikelihood
+from .likelihood_counts import Multinomial as Multinomial
+from .likelihood_counts import NegativeBinomial as NegativeBinomial
+from .likelihood_counts import Poisson as Poisson
 from .reference import BYTE_SCALE, compute_dtype, soft_lower_bound
 
 
@@ -302,7 +306,7 @@ class Scaled(_WithScale):
         return f"base={self.base}, log_scale={_shown(self.log_scale)}"
 
 
-Likelihood = Elementwise | Gaussian | Scaled
+Likelihood = Elementwise | Gaussian | Scaled | CountLikelihood
 
 NAMED: dict[str, Elementwise] = {
     "l2": L2(),
@@ -338,6 +342,7 @@ def resolve_likelihood(
         ValueError, TypeError: unknown name; no likelihood; a scale that does not fit.
     """
     likelihood = resolve(likelihood)
+    assert not isinstance(likelihood, CountLikelihood)  # which have an op of their own
     spec = likelihood.spec
     if isinstance(likelihood, Elementwise) and spec in _NAMES:
         return Resolved(_NAMES[spec], None, None, extra)
@@ -375,7 +380,7 @@ def resolve(likelihood: str | Likelihood) -> Likelihood:
     if isinstance(likelihood, str):
         _checks.choice("likelihood", likelihood, NAMED)
         return NAMED[likelihood]
-    if not isinstance(likelihood, Elementwise | _WithScale):
+    if not isinstance(likelihood, Elementwise | _WithScale | CountLikelihood):
         raise TypeError(
             f"likelihood must be a name or an object of fastvae.likelihoods; got {type(likelihood).__name__}. "
             f"Names are {', '.join(map(repr, NAMED))}."

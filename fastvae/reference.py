@@ -205,7 +205,7 @@ def combine(
         if weight is not None:
             recon = recon * _of_selected(weight, n_selected, tensors)
         if not options.per_sample:
-            recon = recon.sum() * _normalizer(n_selected, options)
+            recon = recon.sum() * recon_normalizer(n_selected, options)
 
     term = regularized_term = zero
     if kl is not None:
@@ -263,7 +263,7 @@ def soft_lower_bound(log_scale: Tensor, softclip: float | None) -> Tensor:
     return 2 * (softclip + F.softplus(log_scale / 2 - softclip))
 
 
-def _normalizer(n_selected: float | Tensor, options: ElboOptions) -> float | Tensor:
+def recon_normalizer(n_selected: float | Tensor, options: ElboOptions) -> float | Tensor:
     if not options.mask_normalize:
         return options.recon_normalizer
     assert isinstance(n_selected, Tensor)  # there is a mask

@@ -18,12 +18,13 @@ LAYERS = [
     {"training", "integrations"},
     {"models", "data", "loss", "distributions", "iwae"},
     {"functional", "statistics", "input_checks"},
+    {"_count_terms"},
     {"_batch_terms", "sampling", "presets"},
     {"ops"},
     {"likelihoods", "regularizers", "schedules", "parametrizations", "noise_state"},
     {"fallback", "fastvae_kernels"},
-    {"_seeds"},
-    {"reference", "_checks", "_backend", "_files", "_modules"},
+    {"_seeds", "likelihood_counts"},
+    {"reference", "reference_counts", "_checks", "_backend", "_files", "_modules"},
     {"_strides", "_dtypes", "_numbers"},
     {"types"},
 ]
@@ -118,7 +119,8 @@ mu = torch.zeros(2, 3, requires_grad=True)
 z, kl = fastvae.reparameterize_kl(mu, mu, seed=1)
 fastvae.VAELoss()(z, torch.zeros(2, 3), kl=kl).backward()
 assert mu.grad is not None
-assert {m for m in sys.modules if m.startswith("fastvae_kernels.")} == {"fastvae_kernels.types"}
+assert {m for m in sys.modules if m.startswith("fastvae_kernels.")} == {
+    "fastvae_kernels.types", "fastvae_kernels.count_types"}
 """
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
 
