@@ -14,7 +14,7 @@ import triton.language as tl
 from .gaussian import exp
 from .likelihoods import log1p
 
-_LOG_FLOOR = tl.constexpr(-69.0)  # of a mean
+_FLOOR, _LOG_FLOOR = tl.constexpr(1.0814110597793e-30), tl.constexpr(-69.0)  # of a mean
 _HALF_LOG_2PI = tl.constexpr(0.9189385332046727)
 
 # S(1 / w) / w and P(1 / w) / w on 0 < w <= 1, highest power first: of w in float32, of w - 1/2 in float64
@@ -198,10 +198,28 @@ def count_of(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def exact_exp(x):
+    """exp(x) to 2e-7 of itself also where x is large, which costs `exp` digits."""
+    if x.dtype == tl.float64:
+        result = tl.exp(x)
+    else:
+        power = tl.floor(x * 1.4426950408889634 + 0.5)
+        rest = x - power * 0.693145751953125 - power * 1.428606765330187e-06
+        result = tl.exp2(rest * 1.4426950408889634) * tl.exp2(power)
+    return result
+
+
+@triton.jit
 def mean_of(log_mu):
-    """The mean, at least 1e-30, and by how much its logarithm is then too large."""
+    """The mean, at least exp(-69), and by how much its logarithm is then too large."""
     raised = tl.maximum(log_mu, _LOG_FLOOR, propagate_nan=tl.PropagateNan.ALL)
-    return exp(raised, log_mu.dtype), raised - log_mu
+    return exact_exp(raised), raised - log_mu
+
+
+@triton.jit
+def scaled_mean(mu, log_mu):
+    """The same of a mean that is known more exactly than its logarithm."""
+    return tl.maximum(mu, _FLOOR, propagate_nan=tl.PropagateNan.ALL), tl.maximum(_LOG_FLOOR - log_mu, 0.0)
 
 
 @triton.jit
