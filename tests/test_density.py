@@ -9,10 +9,11 @@ from torch.distributions import MultivariateNormal
 
 import fastvae
 from fastvae import data
+from fastvae.evaluation.density import Density, bits_per_dim
+from fastvae.evaluation.likelihood_bounds import importance_weighted_nats
 from fastvae.likelihoods import L1, L2, Gaussian, Huber, LogCosh, Scaled, SmoothL1
 from fastvae.models import VAE, VAEConfig
 from fastvae.training import Objective
-from fastvae.training.density import Density, bits_per_dim_of_bytes, importance_weighted_nats
 
 N_LATENTS, SIDE = 3, 4
 
@@ -119,6 +120,8 @@ def student(alpha):
         (LogCosh(2.0), student(2.0)),
         (Gaussian(-3.0), 0.5 * math.log(2 * math.pi)),
         (Gaussian(2.0, full=True), 0.0),
+        (Gaussian("optimal"), 0.5 * math.log(2 * math.pi)),
+        (Gaussian(torch.zeros(3)), 0.5 * math.log(2 * math.pi)),
         (Gaussian(-9.0, softclip=-1.0), 0.5 * math.log(2 * math.pi)),
         (Scaled("l1", torch.tensor(-2.0)), math.log(2)),
         (Scaled("l2", 0.5), 0.5 * math.log(math.pi) - 0.25),
@@ -134,20 +137,41 @@ def test_constants_make_densities_of_likelihoods(likelihood, log_normalizer):
 
 def test_probabilities_need_no_constant():
     assert Density.of(fastvae.likelihoods.Bernoulli()) == (0.0, True)
-    assert bits_per_dim_of_bytes(math.log(2) * 10, 10, discrete=True) == pytest.approx(1)
+    assert bits_per_dim(math.log(2) * 10, 10, discrete=True) == pytest.approx(1)
     # a density of 1 on [0, 1]: each of 256 levels equally likely
-    assert bits_per_dim_of_bytes(0.0, 10, discrete=False) == pytest.approx(8)
+    assert bits_per_dim(0.0, 10) == pytest.approx(8)
 
 
 @pytest.mark.parametrize(
     ("likelihood", "message"),
     [
-        (Gaussian(torch.zeros(3)), "must have one scale; got a tensor of shape"),
-        (Gaussian("optimal"), "an optimal scale is known only after"),
+        (Scaled("l1", torch.zeros(3)), "must have one scale; got a tensor of shape"),
         (Scaled("bernoulli", 0.0), "a Bernoulli likelihood with a scale"),
     ],
-    ids=["by sample", "optimal", "bernoulli"],
+    ids=["by sample", "bernoulli"],
 )
 def test_likelihoods_without_a_density(likelihood, message):
     with pytest.raises(ValueError, match=message):
         Density.of(likelihood)
+
+
+def test_a_bound_needs_a_scale_of_its_own():
+    objective, _ = linear_objective(Gaussian("optimal"), 0.3)
+    with pytest.raises(ValueError, match="an optimal scale is known only after"):
+        importance_weighted_nats(objective, data.ArrayImages(IMAGES))
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "variance"),
+    [("l2", 0.5), (Gaussian(-3.0), math.exp(-3)), (Gaussian(torch.tensor(-3.0), full=True), math.exp(-3))],
+    ids=["l2", "gaussian", "full"],
+)
+def test_bits_per_dim_are_those_of_8_bit_images(likelihood, variance):
+    """-log2 of the probability of a level: a normal density at the level, times the width 1/256 of a level."""
+    recon, levels = torch.rand(2, 1, 4, 5), torch.randint(0, 256, (2, 1, 4, 5), dtype=torch.uint8)
+    nats = fastvae.reconstruction_loss(recon, levels, likelihood=likelihood).item()
+    probability = torch.distributions.Normal(recon, variance**0.5).log_prob(levels / 255) - math.log(256)
+    expected = -probability.mean().item() / math.log(2)
+    assert Density.of(fastvae.likelihoods.resolve(likelihood)).bits_per_dim(nats, 20) == pytest.approx(
+        expected, rel=1e-5
+    )

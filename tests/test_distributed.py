@@ -16,10 +16,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fastvae
+from fastvae._distributed import wait_for_all
 from fastvae.likelihoods import Gaussian
 from fastvae.models import VAE, VAEConfig
 from fastvae.noise_state import NoiseState
-from fastvae.training.distributed import wait_for_all
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
 

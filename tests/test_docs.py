@@ -114,19 +114,19 @@ def test_patterns_are_the_same_number():
         assert_same_loss(eval(theirs, session), eval(ours, session), session)
 
 
-TRAINERS = ["plain", "lightning", "accelerate", "diffusers"]
+TRAINERS = ["plain", "captured", "lightning", "accelerate", "diffusers"]
 
 
 def loss_of(name, session):
     if name == "lightning":
         return session["module"].trainer.callback_metrics["loss"]
-    return session["loss"]
+    return session["terms"].loss if name == "captured" else session["loss"]
 
 
 @pytest.mark.parametrize("name", TRAINERS)
 @pytest.mark.filterwarnings("ignore")  # what the other libraries warn of among themselves
 def test_trainers_learn(name, monkeypatch, tmp_path):
-    if name != "plain":
+    if name not in ("plain", "captured"):
         pytest.importorskip(name, reason=f"this example needs {name}, of the extra [test]", exc_type=ImportError)
     monkeypatch.chdir(tmp_path)
     (block,) = blocks("docs/training.md", f"python {name}")

@@ -15,19 +15,19 @@ from torch.utils.data import TensorDataset
 
 import fastvae
 from fastvae import data
+from fastvae.data import batches
+from fastvae.data.batches import epoch_order, labels_of
+from fastvae.evaluation.elbo import Latents, baseline_nats, evaluate
 from fastvae.models import VAE, VAEConfig
 from fastvae.training import (
     NonFiniteLossError,
     TrainConfig,
     TrainingInterrupted,
-    batches,
     bits_per_dim,
     loop,
     setup,
     train,
 )
-from fastvae.training.batches import epoch_order, labels_of
-from fastvae.training.evaluation import Latents, baseline_nats, evaluate
 from fastvae.training.events import Logged
 from fastvae.training.metrics import FiniteWatch
 from fastvae.training.schedule import learning_rate
@@ -63,6 +63,9 @@ def config(images_file, tmp_path):
         out=tmp_path / "run",
         epochs=3,
         batch_size=8,
+        likelihood="l2",
+        ema=0,
+        learning_rate=2e-3,
         backbone="mlp",
         hidden=16,
         latent_dim=4,
@@ -77,6 +80,7 @@ def whole_run(images_file, tmp_path_factory):
     """An uninterrupted run with the options of `config`."""
     out = tmp_path_factory.mktemp("whole") / "run"
     options = {"epochs": 3, "batch_size": 8, "backbone": "mlp", "hidden": 16, "latent_dim": 4, "device": "cpu"}
+    options |= {"likelihood": "l2", "ema": 0, "learning_rate": 2e-3}
     return train(TrainConfig(data=str(images_file), out=out, log_every=4, checkpoint_every=5, **options)).run
 
 
@@ -115,6 +119,7 @@ def stop_at(step, number):
 def test_run_folder_is_complete(whole_run):
     assert sorted(path.name for path in whole_run.iterdir()) == sorted(
         [
+            "best",
             "config.json",
             "metrics.jsonl",
             "checkpoint.pt",
@@ -133,7 +138,8 @@ def test_run_folder_is_complete(whole_run):
     assert [(r["step"], r["epoch"]) for r in records if r["split"] == "validation"] == [(6, 1), (12, 2), (18, 3)]
     for record in records:
         assert record["nats"] == record["recon"] + record["kl"] == pytest.approx(record["loss"], rel=1e-5)
-        assert record["bits_per_dim"] == pytest.approx(record["nats"] / (64 * math.log(2)))
+        nll = record["nats"] + 64 * 0.5 * math.log(math.pi)  # "l2" is a Gaussian of variance 1/2
+        assert record["bits_per_dim"] == pytest.approx(nll / (64 * math.log(2)) + 8)
     evaluation = json.loads((whole_run / "evaluation.json").read_text())
     assert evaluation["nats"] == records[-1]["nats"]
     for name in PICTURES:
@@ -143,8 +149,8 @@ def test_run_folder_is_complete(whole_run):
 
 def test_saved_model_is_the_trained_one(whole_run):
     model = VAE.from_pretrained(whole_run / "model")
-    for name, tensor in state_of(whole_run)["model"].items():
-        assert torch.equal(model.state_dict()[name], tensor)
+    for name, tensor in state_of(whole_run)["objective"].items():
+        assert torch.equal(model.state_dict()[name.removeprefix("model.")], tensor)
 
 
 @pytest.mark.parametrize(
@@ -240,11 +246,23 @@ def test_loading_in_other_processes_changes_nothing(config, whole_run):
     assert_same_run(config.out, whole_run)
 
 
+def test_mirrored_images_are_the_same_after_a_continuation(config, whole_run, tmp_path):
+    config = replace(config, flip=True)
+    run = train(config).run
+    assert metrics_of(run) != metrics_of(whole_run)
+
+    def stop(event):
+        if isinstance(event, Logged) and event.record["step"] == 8:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(TrainingInterrupted):
+        train(replace(config, out=tmp_path / "parts"), on_event=stop)
+    assert_same_run(train(TrainConfig.from_run(tmp_path / "parts")).run, run)
+
+
 def test_another_seed_gives_other_weights_on_the_same_images(config, whole_run):
     train(replace(config, seed=1))
-    assert not torch.equal(
-        state_of(config.out)["model"]["encoder.1.weight"], state_of(whole_run)["model"]["encoder.1.weight"]
-    )
+    assert not torch.equal(*(state_of(run)["objective"]["model.encoder.1.weight"] for run in (config.out, whole_run)))
     ours, theirs = (json.loads((run / "evaluation.json").read_text()) for run in (config.out, whole_run))
     assert ours["baseline"] == theirs["baseline"]
 
@@ -253,16 +271,16 @@ def test_resume_refuses_other_options_and_names_them(config):
     with pytest.raises(TrainingInterrupted):
         train(config, on_event=stop_at(4, signal.SIGTERM))
     before = (config.out / "checkpoint.pt").read_bytes()
-    other = replace(config, out=None, resume=config.out, learning_rate=0.5, epochs=9, log_every=1)
-    with pytest.raises(ValueError, match=r"epochs was 3, now 9; learning_rate was 0.002, now 0.5\.") as caught:
+    other = replace(config, out=None, resume=config.out, learning_rate=0.5, ema=0.9, log_every=1)
+    with pytest.raises(ValueError, match=r"learning_rate was 0.002, now 0.5; ema was 0.0, now 0.9\.") as caught:
         train(other)
     assert "log_every" not in str(caught.value)
     with pytest.raises(ValueError, match=r"stays in its folder"):
         train(replace(config, resume=config.out, out=config.out.parent / "elsewhere"))
     # a config.json that was edited to match does not help: the checkpoint knows
-    (config.out / "config.json").write_text(json.dumps(replace(other, resume=None, epochs=3).to_json()))
+    (config.out / "config.json").write_text(json.dumps(replace(other, resume=None, ema=0).to_json()))
     with pytest.raises(ValueError, match=r"checkpoint.pt has other options: learning_rate was 0.002, now 0.5\."):
-        train(replace(other, epochs=3))
+        train(replace(other, ema=0))
     assert (config.out / "checkpoint.pt").read_bytes() == before
 
 
@@ -327,7 +345,7 @@ def test_non_finite_step_stops_the_run_and_keeps_the_last_good_checkpoint(config
         train(replace(config, checkpoint_every=2, log_every=100))
     state = state_of(config.out)
     assert state["step"] == 6
-    assert all(torch.isfinite(tensor).all() for tensor in state["model"].values())
+    assert all(torch.isfinite(tensor).all() for tensor in state["objective"].values())
     assert all(math.isfinite(record["loss"]) for record in metrics_of(config.out))
 
 
@@ -374,7 +392,7 @@ def test_convolutions_go_on_bit_for_bit_too(config, channels_last):
     train(TrainConfig.from_run(config.out))
     assert_same_run(config.out, whole)
     weight = next(
-        tensor for tensor in state_of(config.out)["model"].values() if min(tensor.shape) > 1 and tensor.ndim == 4
+        tensor for tensor in state_of(config.out)["objective"].values() if min(tensor.shape) > 1 and tensor.ndim == 4
     )
     assert weight.is_contiguous(memory_format=torch.channels_last) == channels_last
     assert weight.is_contiguous() != channels_last
@@ -406,10 +424,6 @@ def test_images_stay_out_of_memory_that_is_not_an_accelerators():
     assert batches.resident_images(TensorDataset(blobs(3)), torch.device("cpu"), "auto") is None
 
 
-def test_bits_per_dim():
-    assert bits_per_dim(784 * math.log(2), 784) == pytest.approx(1.0)
-
-
 @pytest.mark.parametrize("batch_size", [7, 64])
 def test_evaluation_against_the_formulas_in_float64(batch_size):
     torch.manual_seed(0)
@@ -435,7 +449,7 @@ def test_evaluation_against_the_formulas_in_float64(batch_size):
     assert evaluation.kl == pytest.approx(kl.sum().item(), rel=1e-5)
     assert evaluation.nats == evaluation.recon + evaluation.kl
     assert loss == pytest.approx(evaluation.nats, rel=1e-6)
-    assert evaluation.bits_per_dim == evaluation.nats / (64 * math.log(2))
+    assert evaluation.bits_per_dim == bits_per_dim(evaluation.nats + 32 * math.log(math.pi), 64)
     torch.testing.assert_close(latents.kl_per_dim.double(), kl, rtol=1e-4, atol=1e-6)
     assert (mu.var(dim=0) > 0.01).tolist() == [False, False, True, True, True]
     assert (evaluation.active_units, evaluation.latent_dim, evaluation.images) == (3, 5, 20)
@@ -443,9 +457,8 @@ def test_evaluation_against_the_formulas_in_float64(batch_size):
 
 def test_active_units_are_those_of_latent_stats():
     """Unbiased, from 0.01 on: two means 0.142 apart have a variance of 0.0101, or a biased one of half of that."""
-    kl = torch.zeros(3)
     for mu in (torch.tensor([[0.0, 0.0, 5.0], [0.142, 0.1, 5.142]]), torch.tensor([[0.3, 0.1, 0.2]])):
-        active = Latents(mu, kl).active
+        active = Latents(mu, torch.zeros_like(mu)).active
         assert active.tolist() == [len(mu) > 1, False, len(mu) > 1]
         assert active.sum() == fastvae.latent_stats(mu, mu).active
 
@@ -523,7 +536,7 @@ def test_textbook_loss_gives_the_same_loss_curve():
 
 
 def test_grid_places_images_row_by_row(tmp_path):
-    from fastvae.training import pictures  # here: importing it needs the extra
+    from fastvae.evaluation import pictures  # here: importing it needs the extra
 
     images = torch.stack([torch.full((1, 2, 2), value) for value in (0.0, 0.5, 1.0)])
     pictures.save_grid(tmp_path / "grid.png", images, columns=2)
@@ -541,7 +554,7 @@ def test_grid_places_images_row_by_row(tmp_path):
 
 
 def test_grid_of_colour_images_keeps_the_colours(tmp_path):
-    from fastvae.training import pictures  # here: importing it needs the extra
+    from fastvae.evaluation import pictures  # here: importing it needs the extra
 
     red = torch.tensor([200, 10, 0], dtype=torch.uint8).reshape(1, 3, 1, 1).expand(1, 3, 64, 64)
     pictures.save_grid(tmp_path / "red.png", red, columns=1)

@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from fastvae import VAELossTerms
+from fastvae._distributed import World
 from fastvae.models import VAE, VAEConfig
 from fastvae.training import TrainConfig
-from fastvae.training.distributed import World
-from fastvae.training.step import accumulated, clip_gradients, noise_seed, shared_batch_size
+from fastvae.training.step import clip_gradients, noise_seed, shared_batch_size, train_step
 
 
 @pytest.mark.parametrize(("batch_size", "processes", "accumulate"), [(8, 3, 1), (8, 2, 8), (128, 64, 1)])
@@ -35,7 +35,7 @@ def test_all_images_of_a_run_draw_from_one_stream_once():
     config, module, scaler = TrainConfig(accumulate=2), Recording(), torch.amp.GradScaler("cpu", enabled=False)
     for step in range(3):
         for rank in range(2):
-            accumulated(config, module, module, torch.zeros(4, 1), 4 * rank, step, scaler, World(rank, 2))
+            train_step(config, module, module, torch.zeros(4, 1), step, scaler, World(rank, 2))
     assert drawn == [(noise_seed(config.seed), i) for i in range(3 * 8 * 3)]
     seeds = {noise_seed(seed) for seed in range(100)}
     assert len(seeds) == 100

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastvae_kernels.count_types import CountGrads, CountOptions, CountTensors
 
-from .pages import advise_large_pages, scratch_like
+from .hugepages import advise_huge_pages
 
 _SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 
@@ -64,12 +64,12 @@ class Batch:
         self.invalid = False  # some count is negative, NaN or infinite
         for gradient in grads:
             if gradient is not None:
-                advise_large_pages(gradient)
+                advise_huge_pages(gradient)
 
     def scratch(self, name: str) -> Tensor:
-        """Memory for a piece."""
+        """Memory for a piece, the same for all pieces of this batch."""
         if name not in self._scratch:
-            self._scratch[name] = scratch_like(self.logits[: self.rows], self.dtype, f"counts {name}")
+            self._scratch[name] = torch.empty_like(self.logits[: self.rows], dtype=self.dtype)
         return self._scratch[name]
 
     def nonzeros(self) -> Nonzeros:

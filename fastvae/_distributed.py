@@ -3,16 +3,13 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-
-from .checkpoint import CHECKPOINT_FILE
-from .config import CONFIG_FILE, TrainConfig
 
 NOT_TORCHRUN = "Start several processes with torchrun; for a single one, unset WORLD_SIZE."
 
@@ -32,7 +29,7 @@ class World:
         """Whether this process writes files and reports."""
         return self.rank == 0
 
-    def part(self, n: int) -> range:
+    def shard_range(self, n: int) -> range:
         """This process's share of n things in a row; shares differ by one at most."""
         return range(self.rank * n // self.size, (self.rank + 1) * n // self.size)
 
@@ -42,7 +39,7 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
-    def joined(self, tensor: Tensor) -> Tensor:
+    def all_gather(self, tensor: Tensor) -> Tensor:
         """The CPU tensors of all processes, one after the other."""
         if self.size == 1:
             return tensor
@@ -50,15 +47,7 @@ class World:
         dist.all_gather_object(parts, tensor)
         return torch.cat(parts)
 
-    def gathered(self, entries: dict[str, Any]) -> dict[str, Any]:
-        """The entries of all processes."""
-        if self.size == 1:
-            return entries
-        parts: list[Any] = [None] * self.size
-        dist.all_gather_object(parts, entries)
-        return {name: value for part in parts for name, value in part.items()}
-
-    def largest(self, number: int) -> int:
+    def all_reduce_max(self, number: int) -> int:
         """The largest of the processes' numbers, which no GPU has to wait for."""
         if self.size == 1:
             return number
@@ -66,7 +55,7 @@ class World:
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
         return int(found)
 
-    def from_first(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """What the first process has."""
         if self.size == 1:
             return value
@@ -116,7 +105,7 @@ def world_of(device: torch.device) -> Iterator[World]:
         store, rank, size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"the processes of torchrun cannot meet: {str(error).rstrip('.')}. {NOT_TORCHRUN}") from error
-    # torchrun keeps its store through restarts: without a prefix the addresses of those who fell are found there
+    # torchrun keeps its store through restarts: the prefix hides addresses of processes that have ended
     store = dist.PrefixStore(f"attempt {restarts()}", store)  # type: ignore[attr-defined]
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size
@@ -131,7 +120,7 @@ def world_of(device: torch.device) -> Iterator[World]:
 def wait_for_all(store: Any, size: int) -> None:
     """A barrier through a `torch.distributed.Store`, without the group.
 
-    After a barrier of gloo's, one of its threads frees tensors of Python; where the interpreter ends meanwhile, that
+    After a barrier of gloo's, one of its threads frees tensors of Python; if the interpreter ends at that time, that
     aborts the process (https://github.com/pytorch/pytorch/issues/190489).
     """
     if store.add("done", 1) == size:
@@ -141,7 +130,7 @@ def wait_for_all(store: Any, size: int) -> None:
 
 
 def restarts() -> int:
-    """How many times torchrun has started the processes anew."""
+    """How many times torchrun has restarted the processes."""
     return _number("TORCHELASTIC_RESTART_COUNT", 0)
 
 
@@ -180,20 +169,3 @@ def own_device(device: torch.device) -> torch.device:
     if not (dist.is_available() and dist.is_initialized()) and not is_started_by_torchrun():
         return device
     return torch.device(device.type, _number("LOCAL_RANK", 0))
-
-
-def resumed_after_restart(config: TrainConfig) -> TrainConfig:
-    """The config, set to go on with its run if torchrun has started the processes anew.
-
-    Raises:
-        ValueError: the run's folder has no name that a restart can know.
-    """
-    if restarts() == 0 or config.resume is not None:
-        return config
-    if config.out is None:
-        raise ValueError("the processes were started anew and do not know their run folder. Pass --out.")
-    if not (config.out / CONFIG_FILE).exists():
-        return config
-    if not (config.out / CHECKPOINT_FILE).exists():  # it fell before its first checkpoint, and starts again in place
-        return replace(config, resume=config.out)
-    return replace(TrainConfig.from_run(config.out), device=config.device, workers=config.workers)

@@ -13,7 +13,7 @@ def test_freed_memory_is_kept():
     """In a process of its own, whose malloc nobody has told anything."""
     program = """
 import ctypes, resource, sys
-from fastvae.training.heap import keep_freed_memory
+from fastvae.cli.malloc import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 malloc, free, memset = (getattr(ctypes.CDLL(None), name) for name in ("malloc", "free", "memset"))

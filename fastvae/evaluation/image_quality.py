@@ -8,8 +8,8 @@ from torch.utils.data import Dataset
 
 from fastvae.models import VAE
 
-from .batches import all_batches
-from .evaluation import as_unit_interval
+from ..data.batches import all_batches
+from .elbo import as_unit_interval
 
 SSIM_WINDOW = 7  # of scikit-image; smaller images have none
 

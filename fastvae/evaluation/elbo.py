@@ -3,7 +3,8 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
@@ -11,13 +12,13 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 import fastvae
-from fastvae.likelihoods import L1, L2, Bernoulli, BernoulliProbs, Gaussian, Likelihood, Scaled
+from fastvae.likelihoods import L2, Gaussian, Likelihood, Scaled
 from fastvae.models import VAE
 from fastvae.statistics import ACTIVE_VARIANCE
 
-from .batches import all_batches
-from .distributed import ALONE, World
-from .metrics import bits_per_dim
+from .._distributed import ALONE, World
+from ..data.batches import all_batches
+from .density import Density, of_means
 from .objective import Objective
 
 EVALUATION_SEED = 0
@@ -27,9 +28,8 @@ EVALUATION_SEED = 0
 class Evaluation:
     """A model on a set of images; per image, in nats of the likelihood that it was trained with.
 
-    With "l2", a Gaussian decoder's constant is left out.
-
-    `bits_per_dim` is `nats / (elements of an image * ln 2)`.
+    The nats leave out the constant of the likelihood ("l2": of a Gaussian of variance 1/2). `bits_per_dim` counts it,
+    and the 256 levels of 8-bit images, see `fastvae.training.bits_per_dim`.
     """
 
     images: int
@@ -45,15 +45,25 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Latents:
-    """Posteriors of a set of images."""
+    """Posteriors of a set of images, as mean and log variance; each [images, latent_dim]."""
 
-    mu: Tensor  # [images, latent_dim]
-    kl_per_dim: Tensor  # [latent_dim], nats, mean over the images
+    mu: Tensor
+    logvar: Tensor
+
+    @cached_property
+    def stats(self) -> fastvae.LatentStats:
+        """KL and variance of each dimension over the images."""
+        return fastvae.latent_stats(self.mu, self.logvar)
+
+    @property
+    def kl_per_dim(self) -> Tensor:
+        """[latent_dim], nats, mean over the images."""
+        return self.stats.kl
 
     @property
     def active(self) -> Tensor:
-        """Which dimensions carry information, as `fastvae.latent_stats` counts them; [latent_dim] bool."""
-        return fastvae.latent_stats(self.mu, torch.zeros_like(self.mu)).variance >= ACTIVE_VARIANCE
+        """Which dimensions `fastvae.latent_stats` counts as active; [latent_dim] bool."""
+        return self.stats.variance >= ACTIVE_VARIANCE
 
 
 class Scores(NamedTuple):
@@ -95,10 +105,9 @@ def evaluate(
         math.prod(objective.model.config.image_shape),
         math.prod(objective.model.config.latent_shape),
     )
-    own = world.part(len(dataset))  # type: ignore[arg-type]
+    own = world.shard_range(len(dataset))  # type: ignore[arg-type]
     place = own.start
-    means = [torch.empty(0, latent_dim)]
-    kl_per_dim = torch.zeros(latent_dim)
+    posteriors = [torch.empty(0, 2, latent_dim)]
     with evaluation_mode(objective):
         for batch in all_batches(Subset(dataset, own), batch_size, workers=workers, device=device):
             images = batch.to(device, non_blocking=True)
@@ -108,27 +117,24 @@ def evaluate(
             kl += terms.kl.item() * len(images)
             if has_optimal_scale(likelihood):
                 error += error_sum(likelihood.base, out.recon, images)
-            mu, logvar = (t.float().flatten(1) for t in (out.mu, out.logvar))
-            means.append(mu.cpu())
-            kl_per_dim = kl_per_dim + kl_elements(mu, logvar).sum(dim=0).cpu()
+            posteriors.append(torch.stack([out.mu, out.logvar], dim=1).float().flatten(2).cpu())
             place += len(images)
     sums = torch.tensor([loss, recon, kl, error, place - own.start], dtype=torch.float64)
     loss, recon, kl, error, n_images = world.sum(sums).tolist()
     n_images = int(n_images)
-    kl_per_dim = world.sum(kl_per_dim)
     log_scale = None
     if has_optimal_scale(likelihood):
         log_scale = best_log_scale(error, n_images * dimensions)
         recon = nats_at_scale(likelihood, log_scale, error, n_images * dimensions)
-    latents = Latents(world.joined(torch.cat(means)), kl_per_dim / n_images)
+    latents = Latents(*world.all_gather(torch.cat(posteriors)).unbind(1))
     nats = recon / n_images + kl / n_images
     evaluation = Evaluation(
         images=n_images,
         nats=nats,
         recon=recon / n_images,
         kl=kl / n_images,
-        bits_per_dim=bits_per_dim(nats, dimensions),
-        active_units=int(latents.active.sum()),
+        bits_per_dim=Density.of(likelihood).bits_per_dim(nats, dimensions),
+        active_units=int(latents.stats.active),
         latent_dim=latent_dim,
     )
     return Scores(evaluation, latents, loss / n_images, log_scale)
@@ -143,11 +149,6 @@ def evaluation_mode(objective: Objective) -> Iterator[None]:
         yield
     finally:
         objective.train(was_training)
-
-
-def kl_elements(mu: Tensor, logvar: Tensor) -> Tensor:
-    """KL of each latent element from N(0, 1), in nats: (mu^2 + expm1(logvar) - logvar) / 2."""
-    return 0.5 * (mu.square() + (torch.expm1(logvar) - logvar))
 
 
 def baseline_nats(
@@ -195,15 +196,6 @@ def baseline_nats(
 
 def has_optimal_scale(likelihood: Likelihood) -> TypeGuard[Gaussian | Scaled]:
     return isinstance(likelihood, Gaussian | Scaled) and isinstance(likelihood.log_scale, str)
-
-
-def of_means(likelihood: Likelihood) -> Likelihood:
-    """The same error of an image's mean instead of its logits."""
-    if isinstance(likelihood, Bernoulli):
-        return BernoulliProbs()
-    if isinstance(likelihood, L1 | L2):
-        return replace(likelihood, from_logits=False)
-    return likelihood
 
 
 def error_sum(likelihood: Likelihood, recon: Tensor, images: Tensor) -> float:
