@@ -13,8 +13,6 @@ PART ?= all
 N ?= 10000
 SEED ?= 0
 BACKEND ?= torch
-# modules that are no public API, as patterns of pdoc
-PRIVATE := '!fastvae\.(_|cli|fallback|ops|sampling)'
 
 .DEFAULT_GOAL := help
 .PHONY: help train test fuzz bench gpu kernels-report docs check format clean
@@ -56,7 +54,7 @@ kernels-report: $(STAMP) ## what each kernel moves and compiles to, as a table
 	$(BIN)/python -m tests.support.kernels_report
 
 docs: $(STAMP) ## HTML pages of the public API from its docstrings, in build/docs
-	$(BIN)/pdoc --docformat google --output-directory build/docs fastvae $(PRIVATE)
+	$(BIN)/pdoc --docformat google --output-directory build/docs fastvae '!.*\._'
 
 format: $(STAMP) ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .

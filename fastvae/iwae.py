@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from . import _checks, _numbers
 from ._dtypes import compute_dtype
 from .functional import Prior, philox_normal, reconstruction_loss
-from .likelihoods import L1, L2, Bernoulli, BernoulliProbs, Gaussian, Likelihood, Scaled, resolve
+from .likelihoods import Gaussian, Likelihood, Scaled, resolve
 from .reference import per_sample
 
 
@@ -150,22 +150,15 @@ def _scale_gradient(tensor: Tensor, shares: list[Tensor], rows: slice) -> None:
 def _constant(likelihood: str | Likelihood) -> float:
     """Nats of each element that the reconstruction loss leaves out of -log p(x | z)."""
     resolved = resolve(likelihood)
-    if isinstance(resolved, Gaussian):
-        if isinstance(resolved.log_scale, str):
-            _checks.fail(
-                'Gaussian("optimal") takes its variance from the samples, so it is no density. Pass logvar as a float '
-                "or as a tensor."
-            )
-        return 0.5 * math.log(2 * math.pi) - resolved.constant
-    base = resolved.base if isinstance(resolved, Scaled) else resolved
-    if isinstance(base, L1):
-        return math.log(2)
-    if isinstance(resolved, L2):
-        return 0.5 * math.log(math.pi)
-    if isinstance(resolved, Bernoulli | BernoulliProbs):
-        return 0.0
+    if isinstance(resolved, Gaussian) and isinstance(resolved.log_scale, str):
+        _checks.fail(
+            'Gaussian("optimal") takes its variance from the samples, so it is no density. Pass logvar as a float '
+            "or as a tensor."
+        )
+    if resolved.log_normalizer is not None:
+        return resolved.log_normalizer
     name = repr(likelihood) if isinstance(likelihood, str) else type(likelihood).__name__
-    scaled = f" of {type(base).__name__}" if isinstance(resolved, Scaled) else ""
+    scaled = f" of {type(resolved.base).__name__}" if isinstance(resolved, Scaled) else ""
     raise ValueError(
         f'likelihood must be a normalized density; got {name}{scaled}. Use "l2", "l1", "bernoulli", "bernoulli_probs", '
         'Gaussian(...) or Scaled("l1", ...).'

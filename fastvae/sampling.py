@@ -1,4 +1,7 @@
-"""The noise of a sample, and the call of its op."""
+"""Sampling: the public functions, the noise, and the call of the op."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -6,14 +9,81 @@ from torch import Tensor
 from fastvae_kernels.types import Clamp, PhiloxNoise
 
 from . import _backend, _checks, reference
+from ._numbers import is_integer
 from ._seeds import given_noise, noise_source
 from ._strides import readable
 from .ops import _library
+from .ops._autograd import direct_apply
 from .ops.reparam_kl import Noise, ReparamKLFunction, plan
+
+_PLAIN = Tensor, torch.nn.Parameter  # a subclass must see the ops
+_apply = direct_apply(ReparamKLFunction)
 
 # devices on which a traced sample without a seed is one op that draws its own noise; elsewhere the compiler fuses the
 # plain formula with torch's noise
 OPAQUE = {"cuda"}
+
+
+def reparameterize(
+    mu: Tensor,
+    logvar: Tensor,
+    *,
+    noise: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    seed: int | Tensor | None = None,
+    offset: int = 0,
+    logvar_clamp: Clamp | None = None,
+) -> Tensor:
+    """Draw z = mu + exp(logvar / 2) * noise, noise ~ N(0, I), differentiable in mu and logvar.
+
+    Args, errors and source as `reparameterize_kl`.
+
+    Returns:
+        z: shape of `mu`, promoted dtype of `mu` and `logvar`.
+    """
+    return sample(mu, logvar, generator, seed, offset, logvar_clamp, with_kl=False, noise=noise)[0]
+
+
+def reparameterize_kl(
+    mu: Tensor,
+    logvar: Tensor,
+    *,
+    noise: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    seed: int | Tensor | None = None,
+    offset: int = 0,
+    logvar_clamp: Clamp | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Draw a latent and measure its posterior's KL from N(0, I), in one pass over memory.
+
+        z  = mu + exp(logvar / 2) * noise,  noise ~ N(0, I)
+        kl = sum over each sample of (mu^2 + exp(logvar) - 1 - logvar) / 2
+
+    Args:
+        mu: Posterior mean, [B, ...]; float64, float32, bfloat16 or float16; any strides.
+        logvar: Log of the posterior variance; shape and device of `mu`.
+        noise: The noise itself: shape and device of `mu`, any floating point dtype. It gets no gradient: only `mu` and
+            `logvar` do. On every backend the sample is then computed by PyTorch operations.
+        generator: Source of the noise; torch's default one of the device if neither noise nor seed is given.
+        seed: int or one-element int64 tensor on the device of `mu`. Makes the noise a function of (seed, element): the
+            same on every device, backend, dtype and memory layout. Its stream is Philox4x32-10.
+        offset: Position in the seed's stream of the first element, counted in elements: a rank or micro-batch that
+            holds part of a larger batch draws what the whole batch would draw there.
+        logvar_clamp: None, or (lo, hi): logvar is clamped first; its gradient is zero outside, as torch.clamp's.
+
+    Returns:
+        z: shape of `mu`, promoted dtype of `mu` and `logvar`.
+        kl: [B], nats; float64 if an input is, else float32.
+
+    Raises:
+        ValueError: shapes or devices differ; two of noise, generator, seed; offset without seed; bounds out of order.
+        TypeError: not a floating point tensor; a seed that is neither int nor tensor.
+
+    Source: Kingma & Welling, Auto-Encoding Variational Bayes, arXiv:1312.6114, section 2.4 and appendix B.
+    """
+    z, kl = sample(mu, logvar, generator, seed, offset, logvar_clamp, with_kl=True, noise=noise)
+    assert kl is not None
+    return z, kl
 
 
 def sample(
@@ -33,14 +103,14 @@ def sample(
     `packed`: mu and logvar are the halves of a dimension of one tensor. `noise`: used instead of drawing any.
     """
     first, second, dim = (mu, logvar, None) if packed is None else (packed[0], None, packed[1])
-    if _backend.is_traced() or _library.needs_dispatch(first):
+    if _backend.needs_reference() or type(first) not in _PLAIN:
         _checks.gaussian(mu, logvar)
         bounds = _checks.logvar_clamp(logvar_clamp)
         return _traced(mu, logvar, generator, seed, offset, bounds, noise, with_kl=with_kl)
     try:
         metas = tuple(
             [
-                None if t is None else (t.shape, t.stride(), t.dtype, t.device, False, t.is_neg(), Tensor, t.layout)
+                t if t is None else (t.shape, t.stride(), t.dtype, t.device, False, t.is_neg(), Tensor, t.layout)
                 for t in (first, second)
             ]
         )
@@ -61,7 +131,8 @@ def sample(
             seed, offset = noise_source(mu, generator, seed, offset)
         drawn = seed is None and at.draws_noise
         used = _drawn(mu, generator) if drawn else _philox_noise(mu, generator, seed, offset)
-    z, kl = ReparamKLFunction.apply(at, used, first, second)  # type: ignore[no-untyped-call]
+    apply: Any = ReparamKLFunction.apply if torch._C._are_functorch_transforms_active() else _apply
+    z, kl = apply(at, used, first, second)
     return z, kl
 
 
@@ -94,7 +165,7 @@ def _traced(
 
 def philox(shape: torch.Size, seed: int | Tensor, offset: int, dtype: torch.dtype, like: Tensor) -> Tensor:
     """The noise of seeded sampling itself, on the device of `like`."""
-    if _backend.is_traced() or _library.needs_dispatch(like):
+    if _backend.needs_reference() or type(like) not in _PLAIN:
         return _library.philox_normal(shape, seed, offset, dtype, like.device)
     backend = _backend.backend_module(like, "philox")
     normals: Tensor = backend.philox_normal(shape, seed, offset, dtype, like.device)
@@ -118,3 +189,40 @@ def _drawn(mu: Tensor, generator: torch.Generator | None) -> Tensor:
     if generator.device == mu.device:
         return torch.empty_like(mu).normal_(generator=generator)
     return torch.randn(mu.shape, generator=generator, dtype=mu.dtype, device=generator.device).to(mu.device)
+
+
+def philox_normal(
+    shape: int | Sequence[int],
+    *,
+    seed: int | Tensor,
+    offset: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """The noise of seeded sampling itself: standard normals as a pure function of (seed, element).
+
+    Normal i of the stream is number i mod 4 of counter i // 4 of Philox4x32-10 under the key `seed` mod 2^64, by
+    Box-Muller. The random words are equal on every device and backend, the normals equal within 1e-6.
+
+    Args:
+        shape: Shape of the result.
+        seed: int or one-element int64 tensor on `device`.
+        offset: Position in the stream of the first element.
+        dtype: Floating point dtype; the normals are float32 values rounded to it.
+        device: Default: the seed tensor's device, else torch's default device.
+
+    Raises:
+        ValueError: seed tensor of another shape, dtype or device; negative offset.
+        TypeError: dtype not floating point; seed neither int nor tensor.
+
+    Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC11; Box & Muller, 1958.
+    """
+    if device is None and isinstance(seed, Tensor):
+        device = seed.device
+    like = torch.empty(0, dtype=dtype, device=device)
+    _checks.float_tensor("the noise", like)
+    checked, offset = noise_source(like, None, seed, offset)
+    assert checked is not None
+    sizes: Any = [shape] if is_integer(shape) else shape
+    size = torch.Size([int(side) for side in sizes])
+    return philox(size, checked, offset, dtype, like)

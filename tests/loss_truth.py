@@ -58,7 +58,7 @@ def vae_loss(
 
     e = ERRORS[error](recon, target, parameter)
     if extra is not None:
-        e = e + _rows(extra, recon)
+        e = e + (_rows(extra, recon) if extra.shape == (batch,) else extra)
     if log_scale is not None:
         s = log_scale
         if isinstance(s, str):
@@ -68,18 +68,24 @@ def vae_loss(
             s = 2 * (softclip + F.softplus(s / 2 - softclip))
         s = _rows(s, recon) if s.shape == (batch,) else s
         e = share * (e * torch.exp(-s) + s) + constant
-    by_sample = oracle.per_sample(e * mask) * weight
+    e = e.masked_fill(~mask, 0.0)
+    by_sample = oracle.per_sample(e) * weight
+    map_of_weights = torch.as_tensor(recon_weight, dtype=torch.float64)
+    map_of_weights = _rows(map_of_weights, recon) if map_of_weights.shape == (batch,) else map_of_weights
+    weighed_by_sample = oracle.per_sample(map_of_weights * e) * weight
     divisors = {"sum": 1, "none": 1, "batchmean": batch, "mean": batch * n_pixels}
     divisor = mask.sum() if mask_normalize else divisors[reduction]
-    recon_term = by_sample / divisor if reduction == "none" else by_sample.sum() / divisor
+    recon_term, weighed_term = (
+        term / divisor if reduction == "none" else term.sum() / divisor for term in (by_sample, weighed_by_sample)
+    )
 
     k = _kl(mu, logvar, prior, logvar_clamp) if kl is None else kl
     raw = (k if kl is not None else oracle.per_sample(k)) * weight
     divisors |= {"mean": batch * (n_latents or 1)}
     kl_term = raw if reduction == "none" else raw.sum() / divisors[reduction]
-    nats = regularised_nats(k, weight, free_bits, capacity)  # a sample, [B], or of the batch, 0-d
+    nats = beta * regularised_nats(k, weight, free_bits, capacity)  # a sample, [B], or of the batch, 0-d
     regularised = nats if reduction == "none" else nats.mean() * batch / divisors[reduction]
-    return recon_weight * recon_term + beta * regularised, recon_term, kl_term
+    return weighed_term + regularised, recon_term, kl_term
 
 
 def regularised_nats(k, weight, free_bits, capacity):

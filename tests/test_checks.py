@@ -8,6 +8,7 @@ import torch
 import fastvae
 from fastvae.likelihoods import L2, Gaussian, Huber, LogCosh, Scaled, SmoothL1
 from fastvae.regularizers import Capacity, FreeBits, balance
+from fastvae.schedules import Linear
 
 IMAGE, LATENT = torch.ones(2, 3), torch.ones(2, 4)
 
@@ -28,7 +29,7 @@ def leaf():
     ("call", "error", "message"),
     [
         (lambda: loss(weight=torch.ones(3)), ValueError, r"weight must have shape \[B\] = \(2,\).*got \(3,\)"),
-        (lambda: loss(extra=torch.ones(2, 1)), ValueError, r"extra must have shape \[B\].*got \(2, 1\)"),
+        (lambda: loss(extra=torch.ones(3, 1)), ValueError, r"extra must have shape \[B\].*got \(3, 1\)"),
         (lambda: loss(weight=2.0), TypeError, "weight must be a torch.Tensor; got float"),
         (lambda: loss(mask=torch.ones(2, 3)), TypeError, "mask must be a bool tensor; got float32"),
         (lambda: loss(mask=torch.ones(3, 3) > 0), ValueError, r"mask must broadcast to recon's shape \(2, 3\)"),
@@ -91,7 +92,16 @@ def leaf():
         (lambda: loss(kl_reduction="none"), ValueError, 'must both be "none" or neither'),
         (lambda: loss(likelihood="l3"), ValueError, "likelihood must be one of 'l2', .*; got 'l3'"),
         (lambda: loss(beta="1"), TypeError, "beta must be a float or a 0-dimensional tensor; got str"),
-        (lambda: loss(beta=torch.ones(1)), ValueError, r"beta must be .* of shape \(1,\)"),
+        (lambda: loss(beta=torch.ones(1)), ValueError, r"beta must be .* got shape \(1,\)"),
+        (lambda: loss(beta="linear"), TypeError, r"fastvae.schedules.Linear\(0.0, 1.0, steps\).*\.value to a function"),
+        (lambda: fastvae.VAELoss(beta="cyclic"), TypeError, r"VAELoss\(beta=fastvae.schedules.Cyclical\("),
+        (lambda: fastvae.VAELoss(beta=Linear), TypeError, "got the class Linear, not an object of it"),
+        (lambda: fastvae.VAELoss(recon_weight="1"), TypeError, "got str.$"),
+        (lambda: loss(likelihood="MSE"), ValueError, "got 'MSE'. Did you mean 'l2'?"),
+        (lambda: loss(likelihood="bce"), ValueError, "'bernoulli' for logits, or 'bernoulli_probs' for probabilities"),
+        (lambda: fastvae.VAELoss(likelihood="gaussian"), ValueError, r"mean fastvae.likelihoods.Gaussian\(logvar\)"),
+        (lambda: loss(likelihood="laplace"), ValueError, r"fastvae.likelihoods.Scaled\('l1', log_scale\)"),
+        (lambda: loss(likelihood=fastvae.likelihoods.L2), TypeError, "got the class L2, not an object of it"),
         (lambda: loss(recon_weight=torch.tensor(1)), ValueError, "recon_weight must be .* got int64"),
         (lambda: loss(kl=torch.ones(2)), ValueError, "Drop logvar: kl= replaces it"),
         (lambda: loss(logvar=None, kl=torch.ones(3)), ValueError, r"\[B\] = \(2,\).*got \(3,\)"),
@@ -102,7 +112,7 @@ def leaf():
             "Pass mu too",
         ),
         (lambda: fastvae.gaussian_kl(LATENT, LATENT, reduction="x"), ValueError, "reduction must be one of"),
-        (lambda: fastvae.reconstruction_loss(IMAGE, IMAGE, likelihood=3), TypeError, "a name or an object.*got int"),
+        (lambda: fastvae.reconstruction_loss(IMAGE, IMAGE, likelihood=3), TypeError, "a name, an object.*got int"),
         (lambda: fastvae.philox_normal(3, seed="a"), TypeError, "seed must be an int"),
         (lambda: fastvae.philox_normal(3, seed=1, dtype=torch.int32), TypeError, "the noise must be one of"),
         (lambda: fastvae.VAELoss(reduction="x"), ValueError, "reduction must be one of"),

@@ -1,10 +1,13 @@
+import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from importlib import metadata
 from pathlib import Path
 
@@ -12,9 +15,10 @@ import numpy as np
 import pytest
 import torch
 
+import fastvae as fastvae_package
 from fastvae.cli import doctor, main
-from fastvae.training import TrainingInterrupted
-from fastvae.training.events import Logged, Started
+from fastvae.training import TrainConfig, TrainingInterrupted, train
+from fastvae.training.events import Logged, Started, Stepped
 
 from .support.command import TINY, error_of, fastvae
 
@@ -22,6 +26,8 @@ EXTRA = "the command line needs the extra [train]"
 Image = pytest.importorskip("PIL.Image", reason=EXTRA)
 for package in ("matplotlib", "safetensors", "rich"):
     pytest.importorskip(package, reason=EXTRA)
+import rich.console  # noqa: E402
+
 commands = pytest.importorskip("fastvae.cli.commands", reason=EXTRA)
 inputs = pytest.importorskip("fastvae.cli.inputs", reason=EXTRA)
 progress = pytest.importorskip("fastvae.cli.progress", reason=EXTRA)
@@ -31,7 +37,10 @@ progress = pytest.importorskip("fastvae.cli.progress", reason=EXTRA)
 def run(images_file, tmp_path_factory):
     """The run folder of a tiny `fastvae train`."""
     out = tmp_path_factory.mktemp("cli") / "run"
-    assert main(["train", "--data", str(images_file), "--out", str(out), "--epochs", "2", *TINY]) == 0
+    assert (
+        main(["train", "--data", str(images_file), "--out", str(out), "--epochs", "2", "--likelihood", "l2", *TINY])
+        == 0
+    )
     return out
 
 
@@ -63,7 +72,7 @@ def test_train_resumes_with_the_options_of_the_run(run, capsys):
     assert main(["train", "--resume", str(run)]) == 0
     assert (run / "metrics.jsonl").read_text() == before
     error = error_of(capsys, "train", "--resume", str(run), "--learning-rate", "1")
-    assert "learning_rate was 0.002, now 1.0" in error
+    assert "learning_rate was 0.004, now 1.0" in error
     assert "batch_size" not in error
 
 
@@ -77,6 +86,21 @@ def test_help_of_each_command_teaches(name, capsys):
     assert f"Examples:\n  fastvae {name}" in text
     for option in vars(commands.COMMANDS[name].options)["__dataclass_fields__"]:
         assert f"--{option.replace('_', '-')}" in text
+
+
+def test_help_of_training_groups_every_option(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    text = capsys.readouterr().out
+    titles = re.findall(r"^(\w[^:\n]*):$", text, re.MULTILINE)
+    assert titles == ["options", *commands.COMMANDS["train"].groups, "Examples"]
+    grouped = " ".join(commands.COMMANDS["train"].groups.values()).split()
+    assert sorted(grouped) == sorted(TrainConfig.__dataclass_fields__)
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"fastvae {fastvae_package.__version__}\n"
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"]], ids=["nothing", "--help"])
@@ -93,9 +117,11 @@ def pixels(path):
         return np.asarray(picture)
 
 
-def grid_shape(path, tile=58, gap=2):
-    """(rows, columns) of a grid of small images."""
-    return tuple((side - gap) / tile for side in pixels(path).shape[:2])
+def grid_shape(path, tile=58, gap=2, title=22):
+    """(rows, columns) of a grid of small images below a title."""
+    images = pixels(path)[title:]
+    columns = np.flatnonzero((images < 255).any(axis=0))  # a long title is wider than a few images
+    return (len(images) - gap) / tile, (columns[-1] + 1) / tile
 
 
 def test_sample_follows_the_seed(run):
@@ -118,7 +144,7 @@ def test_reconstruct_shows_every_image(run, exported, images_file):
     arguments = ["--model", str(exported), "--data", str(images_file), "--n", "12", "--out", "twelve.png"]
     assert main(["reconstruct", *arguments]) == 0
     assert grid_shape("twelve.png") == (4, 10)
-    last_rows = pixels("twelve.png")[118:]
+    last_rows = pixels("twelve.png")[22 + 118 :]
     assert last_rows[:, : 2 * 58].min() < 255
     assert last_rows[:, 2 * 58 + 2 :].min() == 255
 
@@ -127,8 +153,19 @@ def test_interpolate_both_ways(run):
     options = ["--model", str(run), "--n", "2", "--steps", "5"]
     assert main(["interpolate", *options]) == 0
     assert main(["interpolate", *options, "--mode", "linear", "--out", "linear.png"]) == 0
-    assert grid_shape("interpolations.png") == grid_shape("linear.png") == (2, 5)
-    assert not np.array_equal(pixels("linear.png"), pixels("interpolations.png"))
+    assert grid_shape("interpolations.png") == grid_shape("linear.png") == (2, 1 + 5 + 1)
+    spherical, linear = (pixels(name)[22:] for name in ("interpolations.png", "linear.png"))
+    assert not np.array_equal(linear, spherical)
+    images, *_ = inputs.load_images(run, inputs.load_model(run, "cpu"), None)
+    for row, column, index in ((0, 0, 0), (1, 0, 1), (0, 6, 2), (1, 6, 3)):  # the originals at both ends
+        tile = spherical[2 + 58 * row :][:56, 2 + 58 * column :][:, :56]
+        assert np.array_equal(tile[::7, ::7], images[index][0].numpy())
+
+
+@pytest.mark.parametrize("command", ["sample", "reconstruct", "interpolate", "evaluate"])
+def test_a_missing_model_is_said_before_an_existing_file(command, tmp_path, capsys):
+    (tmp_path / "mine").write_text("precious")
+    assert "no model: nowhere" in error_of(capsys, command, "--model", "nowhere", "--out", "mine")
 
 
 def test_evaluate_agrees_with_the_training(run, exported, images_file, tmp_path, capsys):
@@ -324,8 +361,9 @@ def test_missing_parser_is_one_line_that_names_the_extra():
 
 
 def test_missing_plotting_shows_before_the_training(monkeypatch, images_file, tmp_path, capsys):
-    monkeypatch.delitem(sys.modules, "fastvae.evaluation.pictures", raising=False)
-    monkeypatch.delattr("fastvae.evaluation.pictures", raising=False)
+    for name in ("plots", "report"):
+        monkeypatch.delitem(sys.modules, f"fastvae.evaluation.{name}", raising=False)
+        monkeypatch.delattr(f"fastvae.evaluation.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
     assert "matplotlib is not installed" in error_of(capsys, "train", "--data", str(images_file))
     assert list(tmp_path.iterdir()) == []
@@ -386,7 +424,7 @@ def test_plain_lines_are_few(tmp_path, capsys):
     assert len(lines) == 2
     assert "9 training and 1 validation images" in lines[0]
     assert "step      5/20" in lines[1]
-    assert "3.00 nats/image = 2.00 reconstruction + 1.00 KL" in lines[1]
+    assert "3.00 nats = 2.00 recon + 1.00 KL" in lines[1]
 
 
 def test_terminal_gets_a_bar(tmp_path, capsys, monkeypatch):
@@ -396,7 +434,43 @@ def test_terminal_gets_a_bar(tmp_path, capsys, monkeypatch):
         assert isinstance(report, progress.Bar)
         report(Started(tmp_path, "cpu", 9, 1, 1000, 3, 20, 4.0))
         assert (report.progress.tasks[0].completed, report.progress.tasks[0].total) == (3, 20)
+        report(Stepped(4, 8))
+        assert report.progress.tasks[0].completed == 4
         report(Logged(RECORD | {"images_per_second": 7.0}))
         assert report.progress.tasks[0].completed == 5
         report(Logged(RECORD | {"split": "validation"}))
     assert "validation" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_bar_shows_steps_time_and_speed_while_a_step_takes_long(width, tmp_path, monkeypatch):
+    terminal = io.StringIO()
+    console = rich.console.Console(file=terminal, force_terminal=True, width=width, color_system=None)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(progress, "Console", lambda **_: console)
+    monkeypatch.setitem(os.environ, "TERM", "xterm")
+    with progress.reporter() as report:
+        report(Started(tmp_path, "cpu", 9000, 1000, 1000, 5000, 20000, 4.0))
+        for step in (5001, 5002):
+            time.sleep(0.25)
+            report(Stepped(step, 128))
+        report(Logged(RECORD | {"step": 5002, "nats": -1234.5}))
+        before = len(terminal.getvalue())
+        time.sleep(2.2)  # of a long step, whose seconds show without an event
+        shown = re.findall(
+            r"[^\r\n]*images/s[^\r\n]*", re.sub(r"\x1b\[[^A-Za-z]*[A-Za-z]", "", terminal.getvalue()[before:])
+        )
+    line = re.compile(r" 5002/20000 ━{4,}[━╸╺ ]+ (\d:\d\d:\d\d) ETA \d:\d\d:\d\d \d\d\d images/s -1234.5 nats *")
+    found = [line.fullmatch(text) for text in shown]
+    assert all(found), shown
+    assert all(len(text) <= width for text in shown)
+    assert len({match[1] for match in found}) >= 3
+
+
+def test_training_reports_every_step(images_file, tmp_path):
+    seen = []
+    options = {"backbone": "mlp", "hidden": 8, "latent_dim": 3, "batch_size": 8, "device": "cpu", "epochs": 1}
+    train(TrainConfig(str(images_file), tmp_path / "run", **options), on_event=seen.append)
+    steps = [event for event in seen if isinstance(event, Stepped)]
+    assert [event.step for event in steps] == list(range(1, 5))
+    assert {event.images for event in steps} == {8}

@@ -62,7 +62,12 @@ def step_of(run):
         (["train", "--beta", "nan"], "--beta: must be a finite number; got 'nan'"),
         (["train", "--logvar-clamp", "-10", "inf"], "--logvar-clamp: must be a finite number; got 'inf'"),
         (["train", "--logvar-clamp", "-inf", "10"], "must be a finite number"),
-        (["train", "--logvar-clamp", "-1e1"], "--logvar-clamp: expected 2 arguments"),
+        (["train", "--logvar-clamp", "-1e1"], "--logvar-clamp: must be 2 finite numbers; got '-10.0'"),
+        (["train", "--image-size", "64"], "--image-size: must be 2 whole numbers; got '64'. `fastvae train --help`"),
+        (["train", "--image-size"], "--image-size: must be 2 whole numbers; got 'nothing'"),
+        (["train", "--likelihood", "mse"], "got 'mse' (did you mean l2?)"),
+        (["train", "--backbone", "cnv"], "one of conv, mlp, autoencoder_kl; got 'cnv' (did you mean conv?)"),
+        (["--epochs", "3", "train"], "the command comes first, as in `fastvae train --epochs 5`; got '--epochs'"),
         (
             ["train", "--seed", "18446744073709551616"],
             "seed must be at least 0 and below 2**64; got 18446744073709551616",
@@ -75,7 +80,7 @@ def step_of(run):
         (["train", "--hidden", str(2**31 - 1), "--backbone", "mlp"], "a model of these sizes"),
         (["bench", "--batch", str(10**12)], "--batch must be at most"),
         (["bench", "--batch", str(10**9)], "to time a batch of these sizes takes"),
-        (["bench", "--image"], "--image: expected at least one argument"),
+        (["bench", "--image"], "--image: must be one or more whole numbers; got 'nothing'"),
     ],
     ids=lambda value: " ".join(value)[:50] if isinstance(value, list) else "",
 )
@@ -221,6 +226,16 @@ def test_unreadable_images_are_called_by_the_systems_name(monkeypatch, capsys):
         error = error_of(capsys, "train", "--data", source)
         assert "Permission denied" in error
         assert "damaged" not in error
+
+
+def test_too_few_images_names_the_damaged_file(capsys):
+    from PIL import Image
+
+    Path("folder").mkdir()
+    Image.new("L", (8, 8)).save("folder/good.png")
+    Path("folder/bad.png").write_bytes(b"no picture")
+    error = error_of(capsys, "train", "--data", "folder")
+    assert "got 1. folder/bad.png was left out: folder/bad.png is not an image" in error.replace(f"{Path.cwd()}/", "")
 
 
 def test_error_of_a_process_that_loads_images_is_one_line():

@@ -118,8 +118,9 @@ def test_help_fits_the_terminal(shown, name, style, width):
     if style == "colour":  # argparse has colours from Python 3.14 on
         text = re.sub(r"\x1b\[[0-9;]*m", "", text)
     assert {letter for letter in text if not letter.isprintable()} == {"\r", "\n"}
+    unwrapped = ("  --", "  fastvae ", "usage: ") if width < 80 else ("  --",)  # commands can be copied
     for line in text.splitlines():
-        assert len(line) <= width or len(line.split()) <= 2 or line.startswith("  --"), line
+        assert len(line) <= width or len(line.split()) <= 2 or line.startswith(unwrapped), line
     needed = ["train", "doctor"] if name == "overview" else ["--learning-rate", "--beta-zero-ratio", "Examples:"]
     assert all(word in text for word in needed)
 
@@ -153,7 +154,7 @@ if pid == 0:
     program = "import sys; from fastvae.cli import main; sys.exit(main())"
     os.execv(sys.executable, [sys.executable, "-c", program, *sys.argv[1:]])
 output = b""
-while b"/image = " not in output:  # the line of a step
+while b" KL, " not in output:  # the line of a step
     output += os.read(terminal, 4096)
 os.close(terminal)
 print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))

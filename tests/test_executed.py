@@ -35,6 +35,9 @@ TRUE_OPTIONS = {  # of the float64 planes that an option was made of: arguments 
     **dict.fromkeys(("scaled_l1", "scaled_sample"), lambda log_scale: {"error": "l1", "log_scale": log_scale}),
     "mask": lambda mask: {"mask": mask},
     "weight": lambda weight: {"weight": weight},
+    "extra_map": lambda extra: {"extra": extra},
+    **dict.fromkeys(("recon_weight", "recon_weight_map"), lambda weight: {"recon_weight": weight}),
+    "beta": lambda beta: {"beta": beta},
     "target": dict,
     "prior": lambda mu, logvar: {"prior": (mu, logvar)},
     **{mode: lambda mode=mode: {"free_bits": (0.1, mode)} for mode in ("dim", "dim_mask", "dim_batch")},
@@ -168,3 +171,15 @@ def test_programs_that_take_several_tiles(few_programs, case):
             for launch in launches
             if "fold" not in launch.name
         )
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_the_seeds_of_a_noise_state(target):
+    expected, state = fastvae.NoiseState(2**63 + 5), fastvae.NoiseState(2**63 + 5)
+    with executed(target):
+        for _ in range(3):
+            state.advance()
+    for _ in range(3):
+        expected.advance()
+    assert torch.equal(state.seed, expected.seed)
+    assert torch.equal(state.step, expected.step)

@@ -33,6 +33,8 @@ SUBSET = {
     test_loss_edges.test_log_cosh_is_finite_where_its_textbook_form_overflows: 1,
     test_loss_edges.test_bernoulli_on_extreme_logits: 1,
     test_loss_edges.test_bernoulli_of_certain_probabilities_is_as_torch: 1,
+    test_loss_edges.test_bernoulli_of_probabilities_of_every_magnitude: 1,
+    test_loss_edges.test_what_is_no_probability_has_no_likelihood: 2,
     test_loss_edges.test_gradient_is_zero_where_nothing_differs_and_nan_where_it_is_nan: 1,
     test_loss_edges.test_masked_elements_may_be_anything: 2,
     test_loss_edges.test_free_bits_at_equality_are_as_torchs_clamp: 1,

@@ -1,13 +1,11 @@
-"""The CPU fallback's passes over images: bits that do not depend on threads, and memory kept between calls."""
+"""The CPU fallback's passes over images: bits that do not depend on threads, and buffers shared by pieces."""
 
 import pytest
 import torch
 
 import fastvae
 from fastvae.fallback import elbo as fallback_elbo
-from fastvae.fallback import pages
-
-LIKELIHOODS = ["l1", "huber", "log_cosh", "bernoulli", "bernoulli_probs"]
+from fastvae.likelihoods import NAMED
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +20,7 @@ def images(shape, seed=0):
     return recon.mul_(0.9).add_(0.05).requires_grad_(), target
 
 
-@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+@pytest.mark.parametrize("likelihood", NAMED)
 def test_bits_do_not_depend_on_the_number_of_threads(likelihood):
     recon, target = images((301, 1111))
     kl = torch.zeros(301)
@@ -40,7 +38,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(likelihood):
         assert torch.equal(gradient, results[0][1])
 
 
-@pytest.mark.parametrize("likelihood", ["l2", *LIKELIHOODS])
+@pytest.mark.parametrize("likelihood", NAMED)
 @pytest.mark.parametrize("shape", [(5,), (5, 7), (300_000,)])
 def test_results_do_not_change_with_the_next_call(likelihood, shape):
     kl = torch.zeros(shape[0])
@@ -56,18 +54,6 @@ def test_results_do_not_change_with_the_next_call(likelihood, shape):
         copies = [t.clone() for t in first]
         loss_of(2, reduction=reduction)
         assert all(torch.equal(a, b) for a, b in zip(first, copies, strict=True))
-
-
-@pytest.mark.parametrize("mode", [torch.inference_mode, lambda: torch.device("meta")])
-def test_memory_kept_from_a_call_in_another_mode(mode):
-    recon, target = images((2, 3), 1)
-    kl = torch.zeros(2)
-    pages._kept.memory.clear()
-    with mode():
-        expected = fastvae.vae_loss(recon, target, kl=kl, likelihood="log_cosh").loss.item()
-    loss = fastvae.vae_loss(recon, target, kl=kl, likelihood="log_cosh").loss
-    loss.backward()
-    assert loss.item() == expected
 
 
 @pytest.mark.parametrize(

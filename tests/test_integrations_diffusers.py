@@ -9,7 +9,7 @@ import torch
 
 import fastvae
 from fastvae.integrations import patch_diffusers
-from fastvae.integrations.diffusers import _measured
+from fastvae.integrations.diffusers import _cached_kl
 
 from . import oracle
 
@@ -229,10 +229,10 @@ def test_no_kl_is_measured_where_no_gradient_is_wanted(distribution, patched):
     with torch.no_grad():
         trained.sample()
     frozen.sample()
-    assert trained not in _measured
-    assert frozen not in _measured
+    assert trained not in _cached_kl
+    assert frozen not in _cached_kl
     trained.sample()
-    assert trained in _measured
+    assert trained in _cached_kl
 
 
 @pytest.mark.parametrize("noise", ["torch", "philox"])

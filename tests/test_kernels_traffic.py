@@ -7,9 +7,9 @@ import torch
 
 import fastvae
 from fastvae.statistics import latent_stats
+from tests.support.huge_tensors import last_programs, sparse_zeros
 from tests.support.kernel_cases import CASES, STATS, Case
 from tests.support.meter import Meter
-from tests.support.vast import last_programs, promised
 
 from .conftest import INTERPRETED
 
@@ -223,8 +223,8 @@ def test_partial_gradients_move_what_they_need(wanted):
 def test_strides_beyond_32_bits(strides):
     """In the middle of memory, so that an address of 32 bits would find zeros."""
     shape = (2, 300) if strides[0] > 1 else (300, 3)
-    held = promised((2**32 + 4096,), BF16)
-    far = held.as_strided(shape, strides, 2**31)
+    storage = sparse_zeros((2**32 + 4096,), BF16)
+    far = storage.as_strided(shape, strides, 2**31)
     near = torch.rand(shape).to(BF16)
     far.copy_(near)
     for op in (
@@ -252,7 +252,7 @@ def _untouched(monkeypatch):
 
 @pytest.mark.usefixtures("_untouched")
 def test_the_last_of_more_than_2_31_latents():
-    mu, logvar = (promised((N_HUGE,), BF16).requires_grad_() for _ in range(2))
+    mu, logvar = (sparse_zeros((N_HUGE,), BF16).requires_grad_() for _ in range(2))
     with torch.no_grad():
         mu[-1000:] = torch.randn(1000)
         logvar[-1000:] = torch.randn(1000)
@@ -271,7 +271,7 @@ def test_the_last_of_more_than_2_31_latents():
 @pytest.mark.usefixtures("_untouched")
 def test_the_last_of_more_than_2_31_pixels(monkeypatch):
     monkeypatch.setattr("fastvae_kernels.plan.MAX_IMAGE_PROGRAMS_BWD", 2**16)  # short walks: quicker to interpret
-    recon, target = promised((1, N_HUGE), BF16).requires_grad_(), promised((1, N_HUGE), U8)
+    recon, target = sparse_zeros((1, N_HUGE), BF16).requires_grad_(), sparse_zeros((1, N_HUGE), U8)
     with torch.no_grad():
         recon[0, -1000:] = torch.rand(1000)
         target[0, -1000:] = torch.randint(256, (1000,), dtype=U8)

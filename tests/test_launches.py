@@ -1,7 +1,7 @@
 """How many launches a loss costs on the kernels, small torch ops included: no option leaves the fused path.
 
-Launches are recorded instead of made, and torch's operators are counted by the profiler: neither changes the way that a
-call takes, as a dispatch mode would.
+Launches are recorded instead of made, and torch's operators are counted by the profiler: neither reroutes the
+call, as a dispatch mode would.
 """
 
 from collections import Counter
@@ -11,7 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import fastvae
-from fastvae.likelihoods import L1, L2, Gaussian, Scaled
+from fastvae.likelihoods import L1, L2, NAMED, Gaussian, Scaled
 from fastvae.regularizers import Capacity, FreeBits
 
 pytestmark = pytest.mark.compiled
@@ -63,14 +63,13 @@ def per_sample(grad=True):
 
 
 PLAIN = {
-    "l2": dict,
-    **{name: lambda name=name: {"likelihood": name} for name in ("l1", "huber", "smooth_l1", "log_cosh")},
-    **{name: lambda name=name: {"likelihood": name} for name in ("bernoulli", "bernoulli_probs")},
+    **{name: lambda name=name: {"likelihood": name} for name in NAMED},
     "l2 of logits": lambda: {"likelihood": L2(from_logits=True)},
     "fixed scale": lambda: {"likelihood": Gaussian(0.3, full=True)},
     "scale of elements": lambda: {"likelihood": Gaussian(torch.rand(B, *D, requires_grad=True))},
     "mask": lambda: {"mask": torch.rand(B, *D) > 0.5},
     "clamp": lambda: {"logvar_clamp": (-1.0, 1.0)},
+    "extra map": lambda: {"extra": torch.rand(B, *D)},
     "prior": lambda: {"prior": (torch.rand(B, L, requires_grad=True), torch.rand(B, L, requires_grad=True))},
     "beta of a tensor": lambda: {"beta": scalar(grad=False)},
     "free bits dim": lambda: {"free_bits": FreeBits(0.1, "dim")},
@@ -82,6 +81,9 @@ OF_SAMPLES = {
     "weight": lambda: {"weight": per_sample(grad=False)},
     "weight, learned": lambda: {"weight": per_sample()},
     "extra": lambda: {"extra": per_sample()},
+    "recon_weight of samples": lambda: {"recon_weight": per_sample()},
+    "recon_weight map": lambda: {"recon_weight": torch.rand(B, *D)},
+    "beta of samples": lambda: {"beta": per_sample()},
     "scale, learned": lambda: {"likelihood": Gaussian(scalar(), full=True)},
     "scale, softly clipped": lambda: {"likelihood": Gaussian(scalar(), softclip=-6.0)},
     "scale of samples": lambda: {"likelihood": Scaled("l1", per_sample())},

@@ -60,7 +60,7 @@ def tensors():
 @pytest.mark.parametrize("lazily", [negated, conjugated])
 @pytest.mark.parametrize("name", SHAPES)
 def test_arguments_of_a_loss(backend, name, lazily):
-    for wants_gradient in (True, False, True):  # a call that was seen before takes a shorter way
+    for wants_gradient in (True, False, True):  # the second call finds a cached plan
         results = []
         for lazy in (False, True):
             given = tensors()

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -49,6 +50,24 @@ def test_bernoulli_of_certain_probabilities_is_as_torch(backend):
     expected.sum().backward()
     torch.testing.assert_close(value, expected.detach(), rtol=1e-6, atol=0)
     torch.testing.assert_close(gradient, ours.grad, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("target", [0.0, 0.3, 1.0])
+def test_bernoulli_of_probabilities_of_every_magnitude(backend, target):
+    small = 2.0 ** torch.arange(-149, 0, dtype=F64)
+    exact = torch.cat([small, 1.4 * small[30:], 1 - small[125:], 1 - 1.4 * small[126:-1]]).float().double()
+    value, _ = value_and_gradient(exact.float(), torch.full(exact.shape, target), "bernoulli_probs")
+    target = torch.full(exact.shape, target).double()
+    expected = -(target * exact.log().clamp(min=-100) + (1 - target) * (-exact).log1p())
+    torch.testing.assert_close(value.double(), expected, rtol=5e-7, atol=1e-40)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, -0.1, 1.1])
+@pytest.mark.parametrize("target", [0.0, 0.3, 1.0])
+def test_what_is_no_probability_has_no_likelihood(backend, wrong, target):
+    with np.errstate(invalid="ignore"):  # of the interpreter
+        value, _ = value_and_gradient(torch.tensor([wrong, 0.5]), torch.full((2,), target), "bernoulli_probs")
+    assert value.isnan().tolist() == [True, False]
 
 
 def test_infinite_logits_are_certain(backend):

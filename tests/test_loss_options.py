@@ -9,8 +9,7 @@ import fastvae
 from fastvae.likelihoods import (
     L1,
     L2,
-    Bernoulli,
-    BernoulliProbs,
+    NAMED,
     Gaussian,
     Huber,
     LogCosh,
@@ -55,17 +54,15 @@ PRIOR = {"prior_mu": LATENT, "prior_logvar": LATENT}
 NORMALIZED = ("batchmean", "mean")
 MASK = torch.rand(IMAGE, generator=torch.Generator().manual_seed(3)) > 0.4
 ROW_MASK = MASK[:, :1, :, :1]
+WEIGHTS = 0.2 + torch.rand(IMAGE, generator=torch.Generator().manual_seed(4))
 
 CASES = {
     # likelihoods
-    "l1": likelihood("l1", error="l1"),
-    "huber": likelihood(Huber(0.3), error="huber", parameter=0.3),
-    "huber name": likelihood("huber", error="huber"),
-    "smooth_l1": likelihood(SmoothL1(0.3), error="smooth_l1", parameter=0.3),
+    **{name: likelihood(name, error=name) for name in NAMED if name != "l2"},
+    "huber of 0.3": likelihood(Huber(0.3), error="huber", parameter=0.3),
+    "smooth_l1 of 0.3": likelihood(SmoothL1(0.3), error="smooth_l1", parameter=0.3),
     "smooth_l1 of 0": likelihood(SmoothL1(0.0), error="l1"),
-    "log_cosh": likelihood(LogCosh(3.0), error="log_cosh", parameter=3.0),
-    "bernoulli": likelihood(Bernoulli(), error="bernoulli"),
-    "bernoulli_probs": likelihood(BernoulliProbs(), error="bernoulli_probs"),
+    "log_cosh of 3": likelihood(LogCosh(3.0), error="log_cosh", parameter=3.0),
     "l2 of logits": likelihood(L2(from_logits=True), error="l2_of_logits"),
     "l1 of logits": likelihood(L1(from_logits=True), error="l1_of_logits"),
     "gaussian": likelihood(Gaussian(), log_scale=0.0, share=0.5),
@@ -161,7 +158,79 @@ CASES = {
         lambda t: half(recon_weight=t["w"], log_scale=t["s"]),
         {"w": (), "s": ()},
     ),
+    "recon_weight per sample": Case(
+        lambda t: {"recon_weight": t["w"], "likelihood": Gaussian(t["s"]), "extra": t["extra"]},
+        lambda t: half(recon_weight=t["w"], log_scale=t["s"], extra=t["extra"]),
+        {"w": (3,), "s": (), "extra": (3,)},
+    ),
+    "recon_weight per sample with dimensions": Case(
+        lambda t: {"recon_weight": t["w"]}, lambda t: {"recon_weight": t["w"]}, {"w": (3, 1, 1, 1)}, terms="l"
+    ),
+    **{
+        f"recon_weight {name}": Case(
+            lambda t: {"recon_weight": t["w"]}, lambda t: {"recon_weight": t["w"]}, {"w": shape}, terms="l"
+        )
+        for name, shape in {"per element": IMAGE, "per channel": (2, 1, 1), "per column": (9,)}.items()
+    },
+    "recon_weight per element, fixed, with constants": Case(
+        lambda t: {
+            "recon_weight": WEIGHTS,
+            "likelihood": Gaussian(t["s"], full=True),
+            "mask": MASK,
+            "extra": t["extra"],
+            "weight": t["w"],
+        },
+        lambda t: half(
+            recon_weight=WEIGHTS.double(),
+            log_scale=t["s"],
+            constant=0.5 * LOG_2PI,
+            mask=MASK,
+            extra=t["extra"],
+            weight=t["w"],
+        ),
+        {"s": (3,), "extra": (3,), "w": (3,)},
+        terms="lrk",
+    ),
+    "recon_weight per element, fixed, scale per element": Case(
+        lambda t: {"recon_weight": WEIGHTS, "likelihood": Gaussian(t["s"]), "extra": t["extra"]},
+        lambda t: half(recon_weight=WEIGHTS.double(), log_scale=t["s"], extra=t["extra"]),
+        {"s": IMAGE, "extra": (2, 1, 9)},
+    ),
+    "recon_weight per element, optimal scale": Case(
+        lambda t: {"recon_weight": WEIGHTS, "likelihood": Gaussian("optimal", full=True)},
+        lambda t: half(recon_weight=WEIGHTS.double(), log_scale="optimal", constant=0.5 * LOG_2PI),
+    ),
+    "recon_weight per sample, optimal scale": Case(
+        lambda t: {"recon_weight": t["w"], "likelihood": Gaussian("optimal")},
+        lambda t: half(recon_weight=t["w"], log_scale="optimal"),
+        {"w": (3,)},
+    ),
+    **{
+        f"extra {name}": Case(
+            lambda t: {"extra": t["extra"], "likelihood": LogCosh(3.0)},
+            lambda t: {"extra": t["extra"], "error": "log_cosh", "parameter": 3.0},
+            {"extra": shape},
+        )
+        for name, shape in {"with dimensions": (3, 1, 1, 1), "per element": IMAGE, "per row": (1, 4, 1)}.items()
+    },
+    "extra per element, scaled": Case(
+        lambda t: {"extra": t["extra"], "likelihood": Scaled(SmoothL1(0.3), t["s"])},
+        lambda t: {"extra": t["extra"], "error": "smooth_l1", "parameter": 0.3, "log_scale": t["s"]},
+        {"s": IMAGE, "extra": IMAGE},
+    ),
     # what becomes of the KL
+    "beta per sample": Case(
+        lambda t: {"beta": t["b"], "capacity": Capacity(2.6), "weight": t["w"]},
+        lambda t: {"beta": t["b"], "capacity": (2.6, "sample"), "weight": t["w"]},
+        {"b": (3,), "w": (3,)},
+        terms="lrk",
+    ),
+    "beta and recon_weight per sample": Case(
+        lambda t: {"beta": t["b"], "recon_weight": t["w"], "free_bits": FreeBits(0.3)},
+        lambda t: {"beta": t["b"], "recon_weight": t["w"], "free_bits": (0.3, "dim")},
+        {"b": (3,), "w": (3,)},
+        terms="l",
+    ),
     "beta": Case(lambda t: {"beta": 0.3}, lambda t: {"beta": 0.3}, terms="l"),
     "beta learned": Case(lambda t: {"beta": t["b"]}, lambda t: {"beta": t["b"]}, {"b": ()}, terms="l"),
     "clamp": Case(lambda t: {"logvar_clamp": (-0.4, 0.3)}, lambda t: {"logvar_clamp": (-0.4, 0.3)}, terms="lk"),
@@ -304,7 +373,8 @@ def test_the_loss_alone_goes_the_one_pass_way(backend, name):
     )
     expected = torch.autograd.grad(inputs.true(case)[0], inputs.doubles.values(), allow_unused=True)
     for gradient, other, value in zip(found, two_passes, expected, strict=True):
-        if gradient is not None and value is not None:
+        assert (gradient is None) == (other is None) == (value is None)
+        if gradient is not None:
             assert_near(gradient, value, value.abs() + value.abs().max(), ulps=16)
             assert_near(other, value, value.abs() + value.abs().max(), ulps=16)
 

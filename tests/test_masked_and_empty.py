@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastvae
-from fastvae.likelihoods import L1, Gaussian, LogCosh, Scaled
+from fastvae.likelihoods import L1, NAMED, Gaussian, LogCosh, Scaled
 from fastvae.regularizers import Capacity, FreeBits
 
 # the interpreter says what a GPU does silently
@@ -170,7 +170,7 @@ def test_samples_without_elements(backend, name, masked, reduction):
 
 @pytest.mark.parametrize(
     "likelihood",
-    ["l1", "huber", "smooth_l1", "log_cosh", "bernoulli", "bernoulli_probs", L1(mask_normalize=True)],
+    [*NAMED, L1(mask_normalize=True)],
     ids=str,
 )
 def test_every_likelihood_of_an_empty_batch(backend, likelihood):

@@ -341,3 +341,53 @@ def test_bad_arguments_are_named():
         vae.interpolate(x, x, steps=1)
     with pytest.raises(ValueError, match="mode must be one of spherical, linear; got 'cubic'"):
         vae.interpolate(x, x, mode="cubic")
+
+
+class FormerNet(torch.nn.Module):
+    """The convolutional net of models saved before there was `residual`, for images of 20 x 9 pixels."""
+
+    def __init__(self):
+        super().__init__()
+        nn = torch.nn
+        self.encoder = nn.Sequential(
+            *(
+                nn.Conv2d(1, 4, 2, 2, padding=(0, 1)),
+                nn.SiLU(),
+                nn.Conv2d(4, 8, 3, 2, 1),
+                nn.GroupNorm(1, 8),
+                nn.SiLU(),
+            ),
+            *(nn.Flatten(), nn.Linear(8 * 5 * 3, 6)),
+        )
+        self.decoder = nn.Sequential(
+            *(nn.Linear(3, 8 * 5 * 3), nn.Unflatten(1, (8, 5, 3)), nn.GroupNorm(1, 8), nn.SiLU()),
+            *(nn.ConvTranspose2d(8, 4, 4, 2, padding=(1, 2), output_padding=(0, 1)), nn.SiLU()),
+            *(nn.ConvTranspose2d(4, 1, 2, 2, padding=(0, 1), output_padding=(0, 1)),),
+        )
+
+
+def test_a_model_of_a_former_version_loads(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch", reason="models are saved with safetensors")
+    torch.manual_seed(0)
+    former = FormerNet()
+    values = VAEConfig(image_size=(20, 9), latent_dim=3, width=4).to_dict()
+    del values["residual"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    metadata = {"config": json.dumps(values)}
+    safetensors.save_file(former.state_dict(), tmp_path / "model.safetensors", metadata)
+    vae = VAE.from_pretrained(tmp_path)
+    assert not vae.config.residual
+    x, z = torch.rand(2, 1, 20, 9), torch.randn(2, 3)
+    assert torch.equal(vae.encoder(x), former.encoder(x))
+    assert torch.equal(vae.decode(z), former.decoder(z))
+    vae.save_pretrained(tmp_path / "again")
+    assert same_state(VAE.from_pretrained(tmp_path / "again"), vae)
+
+
+def test_images_of_a_new_model_have_no_checkerboard():
+    """Away from the edges, the decoder's four pixels of each position are one: no energy at the Nyquist frequency."""
+    vae = small_vae((32, 32), width=8)
+    with torch.no_grad():
+        images = vae.decode(torch.randn(4, 3))
+    blocks = images.unfold(2, 2, 2).unfold(3, 2, 2)
+    torch.testing.assert_close(blocks, blocks[..., :1, :1].expand_as(blocks))

@@ -28,7 +28,7 @@ def seeds(state, n):
 
 
 @pytest.mark.parametrize("seed", KNOWN)
-def test_known_answers(seed):
+def test_known_answers(backend, seed):
     assert seeds(NoiseState(seed), 5) == KNOWN[seed]
 
 

@@ -88,7 +88,7 @@ def test_draws_that_follow_each_other_read_one_stream(monkeypatch):
     device, made = torch.device("cpu"), []
     make = philox._made
     monkeypatch.setattr(philox, "_made", lambda *args: made.append(args[3]) or make(*args))
-    monkeypatch.setattr(philox, "_held", ())
+    monkeypatch.setattr(philox, "_cache", ())
     sizes = [1, 3, 10, 4096, 16_384, 5, 20_000, 7]
     draws = [(9, size, 0) for size in sizes] + [(9, 64, -64), (10, 64, 0), (9, 64, 0), (9, 64, 5000), (10, 100, -30)]
     place = 0
@@ -96,7 +96,7 @@ def test_draws_that_follow_each_other_read_one_stream(monkeypatch):
         place += gap
         drawn = philox.philox_normal(torch.Size([size]), seed, place, torch.float32, device)
         torch.testing.assert_close(drawn, whole[seed][place : place + size], rtol=0, atol=0)
-        drawn.zero_()  # its owner may: nobody else reads it
+        drawn.zero_()  # the caller may: the result is a copy
         place += size
     assert made == [1, 65_536, 20_000, 64, 100], "once for draws in a row, and otherwise what is read"
 
@@ -105,7 +105,7 @@ def test_several_streams_are_read_side_by_side(monkeypatch):
     made = []
     make = philox._made
     monkeypatch.setattr(philox, "_made", lambda *args: made.append(args[1]) or make(*args))
-    monkeypatch.setattr(philox, "_held", ())
+    monkeypatch.setattr(philox, "_cache", ())
     starts = [(1, 0), (2, 0), (1, 10**6), (3, 8)]  # twice the same seed
     for step in range(5):
         for seed, start in starts:
@@ -118,7 +118,7 @@ def test_several_streams_are_read_side_by_side(monkeypatch):
     made.clear()
     for seed in range(10, 20):
         fastvae.philox_normal(8, seed=seed)
-        assert len(philox._held) <= len(starts)
+        assert len(philox._cache) <= len(starts)
     fastvae.philox_normal(8, seed=1, offset=48)
     assert made == [*range(10, 20), 1], "older streams are forgotten"
 

@@ -109,7 +109,7 @@ def test_threads_share_plans():
         ({"recon": RECON > 0}, "recon must be one of"),
         ({"reduction": "total"}, "reduction must be one of"),
         ({"beta": True}, "beta must be a float"),
-        ({"recon_weight": torch.ones(2)}, "recon_weight must be a float"),
+        ({"recon_weight": torch.ones(11)}, "recon_weight must have shape"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

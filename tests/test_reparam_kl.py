@@ -22,8 +22,8 @@ SHAPES = [
 ]
 
 
-def gaussian(shape, dtype, spread=1.0):
-    mu, logvar = (torch.randn(shape, dtype=torch.float64).mul(spread).to(dtype).requires_grad_() for _ in range(2))
+def gaussian(shape, dtype, scale=1.0):
+    mu, logvar = (torch.randn(shape, dtype=torch.float64).mul(scale).to(dtype).requires_grad_() for _ in range(2))
     return mu, logvar
 
 
@@ -33,8 +33,8 @@ def check_against_oracle(mu, logvar, z, kl, noise, bounds=None):
     true_z = oracle.sample(true_mu, true_logvar, noise, bounds)
     kl_elements = oracle.kl(true_mu, true_logvar, bounds)
     clamped = oracle.clamp(true_logvar, bounds).detach()
-    spread = (true_z - true_mu).detach().abs()
-    assert_near(z, true_z.detach(), true_mu.detach().abs() + spread)
+    scaled_noise = (true_z - true_mu).detach().abs()
+    assert_near(z, true_z.detach(), true_mu.detach().abs() + scaled_noise)
     kl_terms = oracle.per_sample(0.5 * (true_mu.detach() ** 2 + torch.expm1(clamped).abs() + clamped.abs()))
     assert kl.dtype == (torch.float64 if mu.dtype == torch.float64 else torch.float32)
     assert_near(kl, oracle.per_sample(kl_elements).detach(), kl_terms, ulps=8)  # 1e-6 of the sum of the terms
@@ -45,7 +45,7 @@ def check_against_oracle(mu, logvar, z, kl, noise, bounds=None):
     rows = dkl.double().reshape(-1, *[1] * (mu.ndim - 1)).abs()
     assert (mu.grad.dtype, logvar.grad.dtype) == (mu.dtype, logvar.dtype)
     assert_near(mu.grad, true_mu.grad, dz.double().abs() + rows * true_mu.detach().abs())
-    assert_near(logvar.grad, true_logvar.grad, 0.5 * (dz.double().abs() * spread + rows * (clamped.exp() + 1)))
+    assert_near(logvar.grad, true_logvar.grad, 0.5 * (dz.double().abs() * scaled_noise + rows * (clamped.exp() + 1)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -61,7 +61,7 @@ def test_value_and_gradient_with_a_seed(backend, shape, dtype):
 
 @pytest.mark.parametrize("bounds", [(-0.5, 0.75), (-30.0, 20.0), (-0.5, 20.0), (-30.0, 0.75)], ids=str)
 def test_clamped_logvar(backend, bounds):
-    mu, logvar = gaussian((4, 300), torch.float32, spread=2.0)
+    mu, logvar = gaussian((4, 300), torch.float32, scale=2.0)
     z, kl = fastvae.reparameterize_kl(mu, logvar, seed=1, logvar_clamp=bounds)
     check_against_oracle(mu, logvar, z, kl, fastvae.philox_normal(mu.shape, seed=1), bounds)
 
@@ -230,7 +230,7 @@ def test_empty_latents_have_no_kl(backend):
 @pytest.mark.parametrize("noise_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_given_noise_is_the_noise(backend, dtype, noise_dtype):
-    mu, logvar = gaussian((3, 2, 40), dtype, spread=2.0)
+    mu, logvar = gaussian((3, 2, 40), dtype, scale=2.0)
     noise = torch.randn(40, 2, 3).to(noise_dtype).permute(2, 1, 0).requires_grad_()
     z, kl = fastvae.reparameterize_kl(mu, logvar, noise=noise, logvar_clamp=(-1.0, 0.75))
     assert z.dtype == dtype

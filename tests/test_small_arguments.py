@@ -106,7 +106,7 @@ def test_any_float64_argument_makes_all_results_float64(backend, name, reduction
 
 
 def test_a_float64_beta_counts_at_every_call(backend):
-    """The second call of its kind takes a shorter way."""
+    """The second call finds a cached plan."""
     for beta in (0.5, torch.tensor(0.5, dtype=torch.float64), torch.tensor(0.5), 0.5):
         wide = isinstance(beta, torch.Tensor) and beta.dtype == torch.float64
         for _ in range(2):

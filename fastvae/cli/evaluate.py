@@ -16,7 +16,7 @@ from fastvae.evaluation.objective import Objective, decode_to_images
 from fastvae.training.setup import require_fits
 
 from .._files import null_non_finite, write_json
-from .inputs import load_images, load_objective, require_free, require_positive
+from .inputs import DataOptions, load_images, load_objective, require_free, require_positive
 
 HELP = """Measure a model on images: ELBO, importance-weighted likelihood, active units, PSNR, SSIM, and a baseline.
 
@@ -24,20 +24,16 @@ Of the data that the run was trained on, only the validation images are used. Ev
 that the model finds least likely go into a picture beside it.
 
 Examples:
-  fastvae evaluate --model runs/fashion-mnist-20260101-120000
-  fastvae evaluate --model runs/fashion-mnist-20260101-120000 --samples 500 --chunk 50
+  fastvae evaluate --model runs/first
+  fastvae evaluate --model runs/first --samples 500 --chunk 50
   fastvae evaluate --model my-model --data idx:mnist/ --out mnist.json --outliers 0
 """
 
 
-@dataclass(frozen=True)
-class Evaluate:
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(DataOptions):
     """Options of `fastvae evaluate`."""
 
-    model: Path
-    """Run folder of `fastvae train`, or a folder that save_pretrained made."""
-    data: str | None = None
-    """Images, as in `fastvae train --data`; the run's own validation images if not given."""
     samples: int = 16
     """Latents of each image in the importance-weighted bound on its log-likelihood; more make it tighter."""
     chunk: int = 8
@@ -48,10 +44,6 @@ class Evaluate:
     """Images to show that the model finds least likely, above their reconstructions; 0 draws no picture."""
     out: Path = Path("evaluation.json")
     """JSON file to write; the picture of outliers takes its name, ending in -outliers.png."""
-    force: bool = False
-    """Overwrite files that exist."""
-    device: str = "auto"
-    """Where to compute: "auto", "cpu", "cuda", ..."""
 
 
 def run(options: Evaluate) -> int:
@@ -60,9 +52,9 @@ def run(options: Evaluate) -> int:
         require_positive(name.replace("_", "-"), getattr(options, name))
     require_positive("outliers", options.outliers, least=0)
     picture = options.out.with_name(f"{options.out.stem}-outliers.png")
+    objective = load_objective(options.model, options.device)
     for path in (options.out, picture)[: 1 + (options.outliers > 0)]:
         require_free(path, force=options.force)
-    objective = load_objective(options.model, options.device)
     images, baseline_images, words = load_images(options.model, objective.model, options.data)
     decoded = min(options.chunk, options.samples) * min(options.batch_size, len(images))  # type: ignore[arg-type]
     elements = math.prod(objective.model.config.image_shape) + math.prod(objective.model.config.latent_shape)

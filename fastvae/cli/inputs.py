@@ -1,5 +1,6 @@
 """What several subcommands need: the model, images for it, and a free place for the result."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,34 @@ from fastvae.training.setup import require_fits, resolve_device
 from fastvae.training.split import Split
 
 from .._files import require_regular
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Options of every subcommand that uses a model."""
+
+    model: Path
+    """Run folder of `fastvae train`, or a folder that save_pretrained made."""
+    device: str = "auto"
+    """Where to compute: "auto", "cpu", "cuda", ..."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions(ModelOptions):
+    """Options of a subcommand that writes a file."""
+
+    out: Path
+    """File to write."""
+    force: bool = False
+    """Overwrite the file if it exists."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(OutputOptions):
+    """Options of a subcommand that uses images too."""
+
+    data: str | None = None
+    """Images, as in `fastvae train --data`; the run's own validation images if not given."""
 
 
 def load_model(path: Path, device: str) -> VAE:

@@ -1,13 +1,12 @@
 """`fastvae report`: a run as one page."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from fastvae.evaluation.elbo import baseline_nats, evaluate
 from fastvae.training.config import read_run_config
 from fastvae.training.run_folder import METRICS_FILE, read_metrics, wrap_io_errors
 
-from .inputs import load_images, load_objective
+from .inputs import ModelOptions, load_images, load_objective
 
 HELP = """Draw the pictures and report.html of a run anew: of one that was stopped, say, or that is still training.
 
@@ -15,18 +14,13 @@ The page holds curves, reconstructions over time, samples, interpolations, laten
 space. It needs no other file and no network.
 
 Examples:
-  fastvae report --model runs/fashion-mnist-20260101-120000
+  fastvae report --model runs/first
 """
 
 
-@dataclass(frozen=True)
-class Report:
+@dataclass(frozen=True, kw_only=True)
+class Report(ModelOptions):
     """Options of `fastvae report`."""
-
-    model: Path
-    """Run folder of `fastvae train`."""
-    device: str = "auto"
-    """Where to compute: "auto", "cpu", "cuda", ..."""
 
 
 def run(options: Report) -> int:

@@ -137,3 +137,10 @@ def labels_of(dataset: Any) -> Tensor | None:
         return None if labels is None else labels[torch.as_tensor(dataset.indices)]
     labels = getattr(dataset, "labels", None)
     return None if labels is None else torch.as_tensor(labels)
+
+
+def class_names_of(dataset: Any) -> Sequence[str] | None:
+    """Names of the labels 0, 1, ..., if the dataset (or the one that it is a subset of) has `class_names`."""
+    while hasattr(dataset, "indices") and hasattr(dataset, "dataset"):
+        dataset = dataset.dataset
+    return getattr(dataset, "class_names", None)

@@ -22,7 +22,7 @@ class FolderImages(EncodedImages):
     are left out. Images stay grey, one channel, if every file is; else all are RGB. Transparency is dropped; of an
     animation the first frame is taken; a photograph is turned upright as its EXIF orientation says.
 
-    Folders of classes are sub-folders as any others; `labels` numbers them.
+    Folders of classes are sub-folders as any others; `labels` numbers them, and `class_names` has their names.
 
     Args:
         root: The folder.
@@ -40,7 +40,7 @@ class FolderImages(EncodedImages):
             image or deeper than 8 bits, or a folder that cannot be listed.
     """
 
-    labels: Tensor | None
+    labels: Tensor | None = None
 
     def __init__(self, root: Path, image_size: tuple[int, int] | None = None, *, strict: bool = True) -> None:
         if is_run_folder(root):
@@ -48,9 +48,11 @@ class FolderImages(EncodedImages):
         self.paths, self.skipped = _find_images(root, strict=strict)
         kept = self._check_all(str(root), image_size, strict=strict)
         self.paths = [self.paths[index] for index in kept]
-        classes = {folder: number for number, folder in enumerate(sorted({path.parent for path in self.paths}))}
-        numbers = [classes[path.parent] for path in self.paths]
-        self.labels = torch.tensor(numbers, device="cpu") if len(classes) > 1 else None
+        folders = sorted({path.parent for path in self.paths})
+        if len(folders) > 1:
+            numbers = {folder: number for number, folder in enumerate(folders)}
+            self.labels = torch.tensor([numbers[path.parent] for path in self.paths], device="cpu")
+            self.class_names = [folder.name for folder in folders]
 
     def __len__(self) -> int:
         return len(self.paths)

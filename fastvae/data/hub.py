@@ -68,6 +68,7 @@ class HubImages(EncodedImages):
             self.shape = (1 if mode in GREY_MODES else 3, *self.shape[1:])
         label = next((key for key in ("labels", "label") if _is_integer(rows.features.get(key))), None)
         self.labels = None if label is None else torch.tensor(rows[label][:], device="cpu")[self._rows]
+        self.class_names = getattr(rows.features.get(label), "names", None)
 
     def __len__(self) -> int:
         return len(self._rows)

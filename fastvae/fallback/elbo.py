@@ -1,4 +1,4 @@
-"""The loss of a VAE in few passes: what the kernel of this name does, for any device."""
+"""The loss of a VAE in few passes over memory, on any device."""
 
 import math
 from collections.abc import Sequence
@@ -20,11 +20,11 @@ from fastvae_kernels.types import (
 from .. import reference
 from .._dtypes import in_dtype
 from .gaussian import kl_gradients, kl_terms, rows, sum_by_sample
-from .images import Coefficient, Images, sum_errors, write_gradients
+from .images import Coefficient, Images, sum_errors, sum_weighed_errors, write_gradients
 
 
 class ElboPlan(NamedTuple):
-    """What one kind of call comes to."""
+    """The options of calls with equal signatures."""
 
     options: ElboOptions
     by_sample: bool  # options act on samples
@@ -39,7 +39,7 @@ class ElboPlan(NamedTuple):
 class SampleGraph(NamedTuple):
     """The terms of samples as a small graph of autograd, from the sums of samples to the outputs."""
 
-    inputs: tuple[Any, ...]  # errors, KL, KL under free bits, weight, extra, log scale, beta, recon_weight, capacity
+    inputs: tuple[Any, ...]  # errors, weighed errors, KL, KL under free bits, `ElboTensors` of samples, `ElboNumbers`
     outputs: tuple[Tensor, Tensor, Tensor]
 
     def backward(self, upstream: tuple[Tensor | None, ...]) -> tuple[list[Tensor | None], list[Tensor | None]]:
@@ -52,14 +52,17 @@ class SampleGraph(NamedTuple):
             result = torch.autograd.grad(outputs, asked, gradients, retain_graph=True, allow_unused=True)
             found = {id(t): g for t, g in zip(asked, result, strict=True)}
         found_in_place = [found.get(id(t)) for t in self.inputs]
-        return found_in_place[:3], found_in_place[3:]
+        return found_in_place[:_N_SUMS], found_in_place[_N_SUMS:]
+
+
+_N_SUMS = 4
 
 
 Outputs = tuple[Tensor, Tensor, Tensor, tuple[Any, ...]]
 
 
 def plan_elbo(metas: ElboTensors, numbers: ElboNumbers, options: ElboOptions, writes_gradient: bool) -> ElboPlan:
-    """As the function of this name of the kernels."""
+    """See `fastvae_kernels.elbo`."""
     first = next(meta for meta in metas if meta is not None)
     return ElboPlan(
         options=options,
@@ -76,7 +79,7 @@ def plan_elbo(metas: ElboTensors, numbers: ElboNumbers, options: ElboOptions, wr
 def elbo_fwd(
     plan: ElboPlan, inputs: Sequence[Any], numbers: Sequence[Any], drecon: Tensor | None, dlog_scale: Tensor | None
 ) -> Outputs:
-    """As the function of this name of the kernels."""
+    """See `fastvae_kernels.elbo`."""
     tensors = ElboTensors(*inputs)
     if plan.by_sample:
         return _elbo_fwd_by_sample(plan, tensors, ElboNumbers(*numbers), drecon, dlog_scale)
@@ -110,14 +113,19 @@ def _elbo_fwd_by_sample(
     plan: ElboPlan, tensors: ElboTensors, numbers: ElboNumbers, drecon: Tensor | None, dlog_scale: Tensor | None
 ) -> Outputs:
     options, dtype = plan.options, plan.dtype
-    errors = kl = regularized = None
+    errors = weighed = kl = regularized = None
     n_selected: float | Tensor = 0.0
+    n_weighed: Tensor | None = None
     if tensors.recon is not None:
         weight: Coefficient = 0.0
         if drecon is not None:
             weight = _error_factor(tensors, options, plan.recon_scale * _number(numbers.recon_weight))
         images = _images(tensors, ElboTensors(recon=drecon, log_scale=dlog_scale))
-        errors = sum_errors(images, weight, options.error, per_sample=True)
+        if tensors.weight_map is None:
+            errors = sum_errors(images, weight, options.error, per_sample=True)
+        else:
+            errors, weighed = sum_weighed_errors(images, weight, options.error)
+            n_weighed = sum_by_sample(reference.selected(tensors.weight_map, tensors.mask), dtype)
         n_selected = float(math.prod(tensors.recon.shape[1:]))
         if tensors.mask is not None:
             count = torch.int32 if n_selected < 2**31 else torch.int64  # the former adds up twice as fast
@@ -125,17 +133,20 @@ def _elbo_fwd_by_sample(
     kl = tensors.kl
     if kl is None and tensors.mu is not None:
         kl, regularized = kl_terms(tensors, options, plan.dtype)
-    small = tensors.weight, tensors.extra, tensors.sample_log_scale, *numbers
+    small = *tensors[_FIRST_SMALL:], *numbers
     with torch.set_grad_enabled(plan.differentiable):
         sums = [
-            None if t is None else t.detach().requires_grad_(plan.differentiable) for t in (errors, kl, regularized)
+            None if t is None else t.detach().requires_grad_(plan.differentiable)
+            for t in (errors, weighed, kl, regularized)
         ]
         leaves = [_leaf(t) if isinstance(t, Tensor) else t for t in small]
+        n_numbers = len(numbers)
         outputs = reference.combine(
-            *(sums[0], n_selected, sums[1], sums[2]),
-            tensors._replace(weight=leaves[0], extra=leaves[1], sample_log_scale=leaves[2]),
-            ElboNumbers(*leaves[3:]),
+            *(sums[0], n_selected, sums[2], sums[3]),
+            ElboTensors(*tensors[:_FIRST_SMALL], *leaves[:-n_numbers]),
+            ElboNumbers(*leaves[-n_numbers:]),
             options,
+            None if sums[1] is None or n_weighed is None else (sums[1], n_weighed),
         )
     loss, recon_term, kl_term = (t.detach() for t in outputs)
     return loss, recon_term, kl_term, (SampleGraph((*sums, *leaves), outputs),)
@@ -160,7 +171,7 @@ def elbo_bwd(
     *,
     held: bool,
 ) -> Sequence[Tensor | None]:
-    """As the function of this name of the kernels."""
+    """See `fastvae_kernels.elbo`."""
     tensors, gradients = ElboTensors(*inputs), ElboTensors(*buffers[: len(ElboTensors._fields)])
     small: Sequence[Tensor | None] = buffers[_FIRST_SMALL:]
     dloss, drecon_term, dkl_term = upstream
@@ -172,7 +183,9 @@ def elbo_bwd(
     if plan.by_sample:
         graph: SampleGraph = saved[0]
         of_sums, small = graph.backward(upstream)
-        of_error, of_kl, of_free_bits = (0.0 if gradient is None else gradient for gradient in of_sums)
+        of_error, of_weighed, of_kl, of_free_bits = (0.0 if gradient is None else gradient for gradient in of_sums)
+        # a gradient of the reconstruction term has no part in what the forward pass weighed and wrote
+        held = held and (tensors.recon_weights is None or drecon_term is None)
         if held:
             factor = _combine(dloss, 1.0, None if drecon_term is None else drecon_term / numbers[1])
     else:
@@ -184,7 +197,8 @@ def elbo_bwd(
         has_free_bits = options.free_bits is not None
         of_kl = _combine(None if has_free_bits else dloss, beta, dkl_term) * options.kl_normalizer
         of_free_bits = _combine(dloss, beta, None) * options.kl_normalizer if has_free_bits else 0.0
-    _image_gradients(plan, tensors, gradients, of_error, factor, held=held)
+    coefficients = (of_error, 0.0) if tensors.weight_map is None else (of_weighed, of_error)
+    _image_gradients(plan, tensors, gradients, coefficients, factor, held=held)
     if gradients.kl is not None:
         of_kl = in_dtype(of_kl, gradients.kl.dtype)
         gradients.kl.copy_(of_kl) if isinstance(of_kl, Tensor) else gradients.kl.fill_(of_kl)
@@ -196,9 +210,10 @@ def elbo_bwd(
 
 
 def seen_numbers(plan: ElboPlan, saved: tuple[Any, ...], numbers: Sequence[Any]) -> Sequence[Any]:
-    """As the function of this name of the kernels."""
+    """See `fastvae_kernels.elbo`."""
     if plan.by_sample:
-        return [t.detach() if isinstance(t, Tensor) else t for t in saved[0].inputs[6:]]
+        numbers = saved[0].inputs[-len(ElboNumbers._fields) :]
+        return [t.detach() if isinstance(t, Tensor) else t for t in numbers]
     return (*saved, None)
 
 
@@ -206,7 +221,7 @@ def _image_gradients(
     plan: ElboPlan,
     tensors: ElboTensors,
     gradients: ElboTensors,
-    coefficient: Coefficient,
+    coefficients: tuple[Coefficient, Coefficient],
     factor: Coefficient,
     *,
     held: bool,
@@ -219,16 +234,17 @@ def _image_gradients(
         for gradient in wanted:
             _rescale(gradient, factor)
     else:
-        write_gradients(_images(tensors, gradients), coefficient, plan.options.error)
+        write_gradients(_images(tensors, gradients), coefficients[0], plan.options.error, coefficients[1])
 
 
 def _error_factor(tensors: ElboTensors, options: ElboOptions, factor: Coefficient) -> Coefficient:
-    """What multiplies the error of each element: factor * weight / exp(log scale), a number or [B]."""
+    """What multiplies the error of each element: factor * weight * recon_weight / exp(log scale), a number or [B]."""
     if tensors.sample_log_scale is not None:
         log_scale = tensors.sample_log_scale.to(compute_dtype(tensors.recon, tensors.sample_log_scale))
         factor = torch.exp(-reference.soft_lower_bound(log_scale, options.softclip)) * factor
-    if tensors.weight is not None:
-        factor = tensors.weight.to(compute_dtype(tensors.recon, tensors.weight)) * factor
+    for weight in (tensors.weight, None if tensors.weight_map is not None else tensors.recon_weights):
+        if weight is not None:
+            factor = weight.to(compute_dtype(tensors.recon, weight)) * factor
     return _value(factor)
 
 
@@ -236,6 +252,7 @@ def _images(tensors: ElboTensors, gradients: ElboTensors) -> Images:
     return Images(
         *(tensors.recon, tensors.target, tensors.log_scale, tensors.extra_map, tensors.mask),
         *(gradients.recon, gradients.target, gradients.log_scale, gradients.extra_map),
+        tensors.weight_map,
     )
 
 

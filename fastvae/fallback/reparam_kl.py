@@ -1,4 +1,4 @@
-"""Sampling and KL in few passes: what the kernel of this name does, for any device."""
+"""Sampling and KL in few passes over memory, on any device."""
 
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ Noise = PhiloxNoise | Tensor
 
 
 class ReparamKLPlan(NamedTuple):
-    """What one kind of call comes to."""
+    """The options of calls with equal signatures."""
 
     dtype: torch.dtype  # of arithmetic
     logvar_clamp: Clamp | None
@@ -30,7 +30,7 @@ def plan_reparam_kl(
     logvar_clamp: Clamp | None,
     with_kl: bool,
 ) -> ReparamKLPlan:
-    """As the function of this name of the kernels."""
+    """See `fastvae_kernels.reparam_kl`."""
     return ReparamKLPlan(compute_dtype(mu, logvar), logvar_clamp, with_kl)
 
 

@@ -53,8 +53,12 @@ class Reach(IntEnum):
 
 
 _OF_RECON = ("recon", "target", "log_scale", "extra_map", "extra", "sample_log_scale")
+_OF_LOSS = ("betas", "recon_weights")
 _REACH = [
-    *(Reach.RECON if f in _OF_RECON else Reach.BOTH if f == "weight" else Reach.KL for f in ElboTensors._fields),
+    *(
+        Reach.RECON if f in _OF_RECON else Reach.BOTH if f == "weight" else Reach.LOSS if f in _OF_LOSS else Reach.KL
+        for f in ElboTensors._fields
+    ),
     *(Reach.LOSS for _ in ElboNumbers._fields),
 ]
 
@@ -76,7 +80,7 @@ class Plan(NamedTuple):
     places: tuple[int, ...]
     arrange: Callable[[Sequence[Any]], tuple[Any, ...]]  # inputs and None -> (*ElboTensors, *ElboNumbers)
     strides: tuple[tuple[int, ...], ...]
-    differentiable: tuple[tuple[int, Reach], ...]  # which require a gradient, and what reaches them
+    differentiable: tuple[tuple[int, int], ...]  # which require a gradient, and the `Reach` of each
     recon_strides: tuple[int, ...]  # of the gradient of recon
 
 
@@ -174,6 +178,8 @@ def plan(
         and _checks.one_pass_is_right(tensors, numbers, options)
     )
     plain = all(meta.kind is Tensor or meta.kind is torch.nn.Parameter for meta in given)
+    # no kernel computes the gradient of a map of weights
+    plain = plain and not (tensors.weight_map is not None and tensors.weight_map.requires_grad)
     backend = _backend.load_backend(_backend.backend_of(like), "elbo") if plain else None
     everything = (*tensors, *numbers)
     places = tuple(place for place, meta in enumerate(everything) if meta is not None)
@@ -188,6 +194,6 @@ def plan(
         places=places,
         arrange=itemgetter(*(places.index(i) if i in places else len(places) for i in range(len(everything)))),
         strides=tuple(meta.strides for meta in given),
-        differentiable=tuple((i, _REACH[p]) for i, p in enumerate(places) if everything[p].requires_grad),
+        differentiable=tuple((i, int(_REACH[p])) for i, p in enumerate(places) if everything[p].requires_grad),
         recon_strides=() if tensors.recon is None else tensors.recon.like().strides,
     )

@@ -22,12 +22,6 @@ _LIBRARY.define(f"reparam_kl_bwd({_SAMPLE}, Tensor? dz, Tensor? dkl, {_NOISE}) -
 _LIBRARY.define("philox_normal(Tensor seed, SymInt[] size, SymInt offset, ScalarType dtype) -> Tensor")
 
 
-def needs_dispatch(like: Tensor) -> bool:
-    """Whether a tensor subclass or a dispatch mode is to see the ops."""
-    plain = type(like) is Tensor or type(like) is torch.nn.Parameter
-    return not plain or torch._C._len_torch_dispatch_stack() > 0
-
-
 def reparam_kl(
     mu: Tensor, logvar: Tensor, noise: PhiloxNoise, logvar_clamp: Clamp | None, *, with_kl: bool
 ) -> tuple[Tensor, Tensor | None]:

@@ -16,8 +16,8 @@ from fastvae_kernels.types import ElboNumbers, ElboTensors, meta_of
 from .. import _backend, _checks, reference
 from .._strides import readable, with_strides
 from ..reference import Terms
-from ._autograd import alias_inputs, gradients_through, materialize_grads
-from ._elbo_plan import LossSpec, Plan, Reach, plan, resolve
+from ._autograd import alias_inputs, direct_apply, gradients_through, materialize_grads
+from ._elbo_plan import LossSpec, Plan, plan, resolve
 
 _N_TENSORS = len(ElboTensors._fields)
 _LOG_SCALE = ElboTensors._fields.index("log_scale")
@@ -30,7 +30,7 @@ def elbo(tensors: Sequence[Any], numbers: Sequence[Any], spec: Sequence[Any]) ->
         tensors, numbers, spec: The fields of `ElboTensors`, `ElboNumbers` and `LossSpec`; plain tuples, because to name
             their fields takes as long as to look up the plan.
     """
-    if _backend.is_traced() or torch._C._len_torch_dispatch_stack():
+    if _backend.needs_reference():
         return _traced(ElboTensors(*tensors), ElboNumbers(*numbers), LossSpec(*spec))
     given = [t for t in tensors if t is not None]
     try:
@@ -61,7 +61,8 @@ def elbo(tensors: Sequence[Any], numbers: Sequence[Any], spec: Sequence[Any]) ->
     if not grad_enabled and forward_ad._current_level < 0:  # no node of a graph is needed
         loss, recon_term, kl_term, _ = at.backend.elbo_fwd(at.launches, tensors, numbers, None, None)
         return loss, recon_term, kl_term
-    terms: Terms = ElboFunction.apply(at, numbers, *given)  # type: ignore[no-untyped-call]
+    apply: Any = ElboFunction.apply if torch._C._are_functorch_transforms_active() else _apply
+    terms: Terms = apply(at, numbers, tensors, *given)
     return terms
 
 
@@ -75,12 +76,14 @@ def _traced(tensors: ElboTensors, numbers: ElboNumbers, spec: LossSpec) -> Terms
 
 
 class ElboFunction(torch.autograd.Function):
-    """(plan, numbers, *inputs) -> (loss, recon term, KL term); inputs are in the places that the plan tells."""
+    """(plan, numbers, tensors, *inputs) -> (loss, recon term, KL term).
+
+    `inputs` are the tensors that are given, and the numbers that are tensors, in the places that the plan tells.
+    """
 
     @staticmethod
-    def forward(ctx: Any, at: Plan, numbers: Any, *inputs: Tensor) -> Terms:
+    def forward(ctx: Any, at: Plan, numbers: Any, tensors: Any, *inputs: Tensor) -> Terms:
         ctx.set_materialize_grads(False)
-        tensors = at.arrange((*inputs, None))[:_N_TENSORS]
         drecon = dlog_scale = None
         kept: Sequence[Tensor | None] = inputs
         if at.writes_gradient and numbers[1] != 0:
@@ -112,18 +115,19 @@ class ElboFunction(torch.autograd.Function):
                 "Use inplace=False for retained graphs and second derivatives."
             )
         if torch.is_grad_enabled():  # create_graph=True: the kernels are not differentiable, the reference is
-            return None, None, *_differentiable_backward(ctx, saved, upstream)
+            return None, None, None, *_differentiable_backward(ctx, saved, upstream)
         for i, tensor in enumerate(saved):
             if tensor is not None and tensor.stride() != at.strides[i]:
                 saved[i] = with_strides(tensor, at.strides[i])
         upstream = materialize_grads(upstream)
         dloss, of_recon, of_kl = upstream[0] is not None, upstream[1] is not None, upstream[2] is not None
-        reached = (dloss or of_recon, dloss or of_kl, dloss or of_recon or of_kl, dloss)  # by `Reach`
-        held = ctx.recon_grad_ready and reached[Reach.RECON]
+        recon_reached = dloss or of_recon
+        reached = recon_reached, dloss or of_kl, recon_reached or of_kl, dloss  # by `Reach`
+        held = ctx.recon_grad_ready and recon_reached
         gradients: list[Tensor | None] = [None] * len(saved)
         reaches_any = False
         for i, reach in at.differentiable:
-            if reached[reach] and ctx.needs_input_grad[i + 2]:
+            if reached[reach] and ctx.needs_input_grad[i + 3]:
                 reaches_any = True
                 # handed out once, as a tensor with a version counter of its own: its new owner may do with it what it
                 # likes, and a second backward pass still finds every saved tensor unmodified
@@ -134,11 +138,14 @@ class ElboFunction(torch.autograd.Function):
                 else:
                     gradients[i] = torch.empty_like(saved[i])
         if not reaches_any:
-            return None, None, *gradients
+            return None, None, None, *gradients
         ctx.recon_grad_ready = ctx.recon_grad_ready and not held
         inputs, buffers = at.arrange((*saved, None))[:_N_TENSORS], at.arrange((*gradients, None))
         returned = at.backend.elbo_bwd(at.launches, inputs, ctx.numbers, ctx.state, upstream, buffers, held=held)  # type: ignore[union-attr]
-        return None, None, *[returned[place] for place in at.places]
+        return None, None, None, *[returned[place] for place in at.places]
+
+
+_apply = direct_apply(ElboFunction)
 
 
 def _differentiable_backward(
@@ -150,4 +157,4 @@ def _differentiable_backward(
     arranged = at.arrange((*inputs, None))
     numbers = [seen if n is None else n for n, seen in zip(arranged[_N_TENSORS:], numbers, strict=True)]
     outputs = reference.elbo(ElboTensors(*arranged[:_N_TENSORS]), ElboNumbers(*numbers), at.options)
-    return gradients_through(outputs, upstream, inputs, ctx.needs_input_grad[2:])
+    return gradients_through(outputs, upstream, inputs, ctx.needs_input_grad[3:])

@@ -45,11 +45,11 @@ class TrainConfig(LossConfig):
     """Share of the images held out for validation; which images does not depend on the seed."""
     epochs: int = 20
     """Passes over the training images."""
-    batch_size: int = 128
+    batch_size: int = 64
     """Images in a training step, of all processes together; those that fill no last batch wait for another epoch."""
     accumulate: int = 1
     """Parts that each process computes its share of a batch in, one after the other, to need less memory."""
-    learning_rate: float = 2e-3
+    learning_rate: float = 4e-3
     """Peak learning rate of AdamW."""
     warmup_steps: int = 100
     """Steps of linear warm-up before the cosine decay, at most a tenth of the run."""
@@ -57,8 +57,9 @@ class TrainConfig(LossConfig):
     """Decoupled weight decay of AdamW."""
     clip_norm: float = 100.0
     """Largest norm of the gradient; a larger one is scaled down to it."""
-    ema: float | None = None
-    """Decay, such as 0.999, of an average of the weights over the steps, to evaluate, draw and export."""
+    ema: float = 0.995
+    """Decay of an average of the weights over the steps, to evaluate, draw and export; smaller in the first steps. 0
+    averages nothing."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the model: fp32, or autocast to bf16 or fp16 (fp16 with loss scaling)."""
     seed: int = 0
@@ -74,14 +75,16 @@ class TrainConfig(LossConfig):
     """Steps between two lines of training metrics."""
     checkpoint_every: int = 200
     """Steps between two checkpoints; the last step is always saved."""
-    log: Literal["tensorboard"] | None = None
-    """Write the figures of metrics.jsonl for TensorBoard too, under the same names."""
+    log: Literal["tensorboard", "csv"] | None = None
+    """Write the figures of metrics.jsonl for other programs too: "tensorboard" with pictures and options, or "csv"."""
     backbone: Literal["conv", "mlp", "autoencoder_kl"] = "conv"
     """Encoder and decoder: convolutional, fully connected, or the residual autoencoder of latent diffusion."""
     latent_dim: int = 32
     """Dimensions of the latent space."""
     width: int = 32
     """Channels of the first convolutional stage (conv)."""
+    residual: bool = True
+    """Residual blocks, and no checkerboard in the images; without them a step is faster (conv)."""
     hidden: int = 400
     """Units of the hidden layers (mlp)."""
     latent_channels: int = 4
@@ -109,7 +112,7 @@ class TrainConfig(LossConfig):
         for name in ("learning_rate", "clip_norm"):
             require(getattr(self, name) > 0, self, name, "a positive finite number")
         require(self.weight_decay >= 0, self, "weight_decay", "a finite number, at least 0")
-        require(self.ema is None or 0 < self.ema < 1, self, "ema", "between 0 and 1, both excluded")
+        require(0 <= self.ema < 1, self, "ema", "at least 0 and below 1")
         require(0 < self.validation < 1, self, "validation", "between 0 and 1, both excluded")
         size = self.image_size
         require(size is None or min(size) >= 1, self, "image_size", "two sizes of at least 1")
@@ -124,7 +127,7 @@ class TrainConfig(LossConfig):
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
-        """The config that `to_json` wrote.
+        """The config that `to_json` wrote, in this version or a former one, whose defaults were others.
 
         Raises:
             ValueError: a name is no option of this version, or its value is not allowed.
@@ -135,6 +138,9 @@ class TrainConfig(LossConfig):
                 f"a run's config has options that this version of fastvae does not know: {', '.join(unknown)}. "
                 "Use the version that wrote it."
             )
+        if "residual" not in values:
+            former = {"residual": False, "ema": 0.0} | ({"likelihood": "l2"} if values.get("preset") is None else {})
+            values = values | {name: value for name, value in former.items() if values.get(name) is None}
         return cls(**values)
 
     @classmethod

@@ -24,8 +24,9 @@ from .._distributed import World, own_device, world_of
 from .._files import write_json
 from .checkpoint import BEST, CHECKPOINT_FILE, LAST, load_checkpoint, save_checkpoint
 from .config import CONFIG_FILE, TrainConfig
-from .events import Event, Finished, Saved, Started
+from .events import Drawn, Event, Finished, Saved, Started, Stepped
 from .interruption import TrainingInterrupted, deferred_signals
+from .loggers import notifier
 from .metrics import FiniteWatch
 from .recorder import Recorder
 from .run_folder import locked_run_folder, resumed_after_restart, wrap_io_errors
@@ -83,7 +84,7 @@ def train(
         NonFiniteLossError: the loss or its gradient was not finite; the last good checkpoint is kept.
         TrainingInterrupted: a signal came; the run is saved and can be resumed.
     """
-    from fastvae.evaluation import pictures  # noqa: F401, slow to load; what it lacks should show before the training
+    from fastvae.evaluation import report  # noqa: F401, slow to load; what it lacks should show before the training
 
     config = resumed_after_restart(config)
     source = ""
@@ -98,7 +99,9 @@ def train(
         if dataset is None:
             dataset = data.load(config.data, image_size=config.image_size, strict=config.strict)
         split = world.broadcast(split_of_run(run, config, dataset, source) if world.is_first else None)
-        notify = on_event if on_event is not None and world.is_first else lambda event: None
+        notify: Callable[[Event], None] = lambda event: None  # noqa: E731
+        if world.is_first:
+            notify = stack.enter_context(notifier(config, run, on_event))
         trainer = Trainer(config, run, dataset, split, device, world, notify)
         trainer.resume()
         trainer.start()
@@ -161,7 +164,7 @@ class Trainer:
             done = -(-step // self.steps_per_epoch)
             raise ValueError(f"epochs must be at least {done}, which {self.run} has begun; got {self.config.epochs}.")
         counts = {"step": step, "steps_per_epoch": self.steps_per_epoch}
-        self.recorder = Recorder(self.run, self.config, self.notify, **counts, writes=self.world.is_first)
+        self.recorder = Recorder(self.run, self.notify, **counts, writes=self.world.is_first)
         has_best = (self.run / BEST / saving.WEIGHTS).exists()
         self.best = float(saving.read_training(self.run / BEST)["loss"]) if has_best else math.inf
 
@@ -175,18 +178,19 @@ class Trainer:
                     write_json(self.run / "skipped.json", self.skipped)
         parameters = sum(p.numel() for p in self.state.objective.parameters())
         sizes = len(self.train_set), len(self.validation_set), parameters, self.state.step, self.total_steps
-        self.notify(Started(self.run, str(self.device), *sizes, self.baseline, self.skipped))
+        self.notify(Started(self.run, str(self.device), *sizes, self.baseline, self.skipped, self.config.to_json()))
 
     def fit(self) -> None:
         """Train to the last step; validate after each epoch, and save from time to time and when a signal comes."""
         config, state = self.config, self.state
         resident = resident_images(self.train_set, self.device, config.cache, workers=config.workers)
-        with deferred_signals() as pending, self.recorder:
+        with deferred_signals() as pending:
             while state.step < self.total_steps:
                 self.logged_at, self.logged_step = time.perf_counter(), state.step
                 for batch in self.rest_of_epoch(resident):
                     self.scores = None
                     self.watch.add(state.step + 1, state.train_step(batch))
+                    self.notify(Stepped(state.step, self.batch_size))
                     at_log = state.step % config.log_every == 0 or state.step == self.total_steps
                     if at_log or self.device.type in CHECKED_EACH_STEP:
                         self.watch.check()
@@ -241,7 +245,8 @@ class Trainer:
                 self.state.export(self.run / BEST, loss=loss)
             if pictures.is_in_progress(epoch, self.config.epochs):
                 with decode_to_images(objective), evaluation_mode(objective):
-                    pictures.save_progress(self.run, objective.model, self.validation_set, epoch)
+                    path = pictures.save_progress(self.run, objective.model, self.validation_set, epoch)
+                self.notify(Drawn(step, "progress", path))
 
     def save(self) -> None:
         """Write the checkpoint and the exported weights."""

@@ -41,7 +41,7 @@ class LossConfig:
     preset: str | None = None
     """Loss of another project, such as pythae or ldm; options below that are given replace its own."""
     likelihood: LikelihoodName | None = None
-    """Error of a reconstruction; l2 unless the preset has another."""
+    """Error of a reconstruction. With neither it nor a preset: gaussian_fixed, of log variance -4.25."""
     likelihood_parameter: float | None = None
     """delta, beta or alpha (1); log variance or log scale, where a learned one begins (0)."""
     likelihood_full: bool = False
@@ -60,7 +60,8 @@ class LossConfig:
     kl_reduction: Reduction | None = None
     """Reduction of the KL term alone."""
     beta: float | None = None
-    """Weight of the KL term in the loss, or what its schedule ends at; 1 unless the preset has another."""
+    """Weight of the KL term in the loss, or what its schedule ends at; 1 unless the preset has another. With neither a
+    preset nor a likelihood, 8."""
     beta_schedule: ScheduleName = "constant"
     """Way of beta from beta_start to beta."""
     beta_start: float = 0.0

@@ -23,6 +23,9 @@ from .config import TrainConfig
 from .loss_config import LossConfig
 from .perceptual import lpips_distance
 
+# of a run that names neither a likelihood nor a preset; docs/training.md compares them with others
+DEFAULT_LOG_VARIANCE, DEFAULT_BETA = -4.25, 8.0
+
 
 def build_objective(config: TrainConfig, model: VAE, *, batch_size: int, total_steps: int) -> Objective:
     """The model and the loss of a run."""
@@ -132,7 +135,9 @@ def loss_options(config: LossConfig) -> dict[str, Any]:
     The schedule of beta, free bits and the capacity, which no preset has, are not among them.
     """
     options = {} if config.preset is None else preset_options(config.preset)
-    if config.likelihood is not None:
+    if config.preset is None and config.likelihood is None:
+        options |= {"likelihood": Gaussian(DEFAULT_LOG_VARIANCE), "beta": DEFAULT_BETA}
+    elif config.likelihood is not None:
         options["likelihood"] = likelihood_of(config)
     for name in ("beta", "recon_weight", "reduction", "recon_reduction", "kl_reduction", "logvar_clamp"):
         if getattr(config, name) is not None:

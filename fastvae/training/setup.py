@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
 from fastvae import _backend
@@ -56,11 +57,21 @@ def make_optimizer(config: TrainConfig, objective: Objective) -> torch.optim.Opt
 
 
 def averaged_over_steps(objective: Objective, decay: float, *, sharded: bool) -> AveragedModel:
-    """Exponential moving average of model and loss; the first step's weights are where it begins."""
+    """Exponential moving average of model and loss, which begins with the weights after the first step.
+
+    After n steps the decay is at most (1 + n) / (10 + n), so that a short run forgets its first weights too.
+    """
     # all tensors at once, unless some are sharded and some are not
-    function = {"avg_fn": get_ema_avg_fn(decay)} if sharded else {"multi_avg_fn": get_ema_multi_avg_fn(decay)}  # type: ignore[no-untyped-call]
+    average_of: Any = get_ema_avg_fn if sharded else get_ema_multi_avg_fn
+
+    def average(averaged: Any, current: Any, steps: int | Tensor) -> Any:
+        n = int(steps)
+        return average_of(min(decay, (1 + n) / (10 + n)))(averaged, current, steps)
+
     # without `device`, its count of steps stays on the host, and averaging waits for nothing
-    return AveragedModel(objective, **function)
+    if sharded:
+        return AveragedModel(objective, avg_fn=average)
+    return AveragedModel(objective, multi_avg_fn=average)
 
 
 def model_config(config: TrainConfig, shape: tuple[int, ...]) -> VAEConfig:
@@ -72,6 +83,7 @@ def model_config(config: TrainConfig, shape: tuple[int, ...]) -> VAEConfig:
         backbone=config.backbone,
         latent_dim=config.latent_dim,
         width=config.width,
+        residual=config.residual,
         hidden=config.hidden,
         latent_channels=config.latent_channels,
         checkpointing=config.checkpointing,

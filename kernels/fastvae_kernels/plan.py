@@ -1,4 +1,4 @@
-"""Everything about the launches of a loss that its tensors' shapes, strides, dtypes and options decide."""
+"""The launches of a loss, as far as shapes, strides, dtypes and options determine them."""
 
 import math
 from typing import Any, NamedTuple
@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 
 from ._reduce import fold_tile
-from ._tile import MAX_PROGRAMS as MAX_PROGRAMS_FWD
 from ._tile import ONE_TILE_EACH, Geometry, make_geometry, pack_f64, triton_dtype
 from .images import Images
 from .latents import Bounds, Latents, bounds_of
@@ -16,28 +15,13 @@ from .likelihoods import Likelihood, likelihood
 from .samples import SampleOptions, sample_options
 from .types import ElboNumbers, ElboOptions, ElboTensors, TensorMeta, compute_dtype, needs_sample_terms, recon_constant
 
-MAX_IMAGE_PROGRAMS_BWD = 1 << 10  # few, so that leaving at once costs next to nothing; each walks over its share
-
-
-class SamplePlan(NamedTuple):
-    """Launches that act on sums of samples."""
-
-    options: SampleOptions
-    normalizers: tuple[Any, Any]  # of recon and KL
-    mask_normalize: bool
-    element_free_bits: bool
-    batch_capacity: bool
-    per_sample: bool
-    fold_programs: int
-    fold: tuple[int, ...]  # n_rows to KL_COLS
-    n_rows: int
+MAX_IMAGE_PROGRAMS_BWD = 1 << 10  # few, so that returning at once costs next to nothing; each takes many tiles
 
 
 class ElboPlan(NamedTuple):
-    """Launches of both passes of one kind of call."""
+    """The launches of both passes, for calls with equal signatures."""
 
     device: torch.device
-    first: int  # place of the first tensor that is given
     image: Geometry  # of the forward pass
     latent: Geometry
     image_programs: int
@@ -48,10 +32,11 @@ class ElboPlan(NamedTuple):
     latent_programs_bwd: int
     likelihood: Likelihood | None
     bounds: Bounds
-    recon_partials: tuple[int, int]  # shape
+    recon_partials: tuple[tuple[int, int], tuple[int, int]]  # shape and strides
     recon_dtype: torch.dtype
     counts_mask: bool
-    kl_partials: tuple[int, int]
+    weighs_elements: bool
+    kl_partials: tuple[tuple[int, int], tuple[int, int]]
     kl_dtype: torch.dtype
     n_kl: int
     dkl_dtype: tl.dtype
@@ -62,7 +47,10 @@ class ElboPlan(NamedTuple):
     fold_programs: int
     fold: tuple[int, ...]  # n_rows to KL_COLS
     has_number_tensors: bool
-    samples: SamplePlan | None
+    sample_options: SampleOptions | None  # None: no option acts on samples, and the next three are not read
+    recon_normalizer: Any  # packed
+    mask_normalize: bool
+    batch_capacity: bool
 
 
 def plan_elbo(metas: ElboTensors, numbers: ElboNumbers, options: ElboOptions, writes_gradient: bool) -> ElboPlan:
@@ -77,13 +65,11 @@ def plan_elbo(metas: ElboTensors, numbers: ElboNumbers, options: ElboOptions, wr
     rows_are_samples = by_sample or options.per_sample
     gradients = ElboTensors(*(meta.like() if meta is not None and meta.requires_grad else None for meta in metas))
     written = gradients if writes_gradient else ElboTensors()
-    image = make_geometry(
-        _images(metas, written._replace(target=None, extra_map=None)), rows_are_samples, MAX_PROGRAMS_FWD
-    )
+    image = make_geometry(_images(metas, written._replace(target=None, extra_map=None)), rows_are_samples)
     latent = make_geometry(_latents(metas, ElboTensors()), rows_are_samples)
     image_bwd = make_geometry(_images(metas, gradients), rows_are_samples, MAX_IMAGE_PROGRAMS_BWD)
     latent_bwd = make_geometry(_latents(metas, gradients), rows_are_samples, ONE_TILE_EACH)
-    place, first = next((i, meta) for i, meta in enumerate(metas) if meta is not None)
+    first = next(meta for meta in metas if meta is not None)
     batch = first.shape[0]
     n_rows = batch if rows_are_samples else 1
     n_kl = latent.n_rows * latent.n_col_programs if metas.kl is None else math.prod(metas.kl.shape)
@@ -92,11 +78,9 @@ def plan_elbo(metas: ElboTensors, numbers: ElboNumbers, options: ElboOptions, wr
     tiles = fold_tile(n_rows, n_recon), fold_tile(n_rows, n_kl)
     block_rows = min(rows for rows, _ in tiles)
     fold = (n_rows, n_recon, n_kl, block_rows, tiles[0][1], tiles[1][1])
-    n_elements = 0 if metas.recon is None else math.prod(metas.recon.shape[1:])
     recon_scale = options.recon_normalizer * options.error_weight
     return ElboPlan(
         device=first.device,
-        first=place,
         image=image,
         latent=latent,
         image_programs=image.programs,
@@ -107,10 +91,11 @@ def plan_elbo(metas: ElboTensors, numbers: ElboNumbers, options: ElboOptions, wr
         latent_programs_bwd=latent_bwd.programs,
         likelihood=None if metas.recon is None else likelihood(options.error, metas.recon, metas.target),
         bounds=bounds_of(options),
-        recon_partials=(image.n_rows, image.n_col_programs),
-        recon_dtype=compute_dtype(metas.recon, metas.target, metas.log_scale, metas.extra_map),
+        recon_partials=((image.n_rows, image.n_col_programs), (image.n_col_programs, 1)),
+        recon_dtype=compute_dtype(*metas[:4], metas.weight_map),
         counts_mask=by_sample and metas.mask is not None,
-        kl_partials=(latent.n_rows, latent.n_col_programs),
+        weighs_elements=metas.weight_map is not None,
+        kl_partials=((latent.n_rows, latent.n_col_programs), (latent.n_col_programs, 1)),
         kl_dtype=compute_dtype(*metas[4:8]),
         n_kl=0 if metas.kl is None else batch,
         dkl_dtype=triton_dtype(compute_dtype(metas.kl)),
@@ -121,26 +106,15 @@ def plan_elbo(metas: ElboTensors, numbers: ElboNumbers, options: ElboOptions, wr
         fold_programs=triton.cdiv(n_rows, block_rows),
         fold=fold,
         has_number_tensors=any(isinstance(number, TensorMeta) for number in numbers),
-        samples=None
-        if not by_sample
-        else SamplePlan(
-            options=sample_options(
-                options, n_elements, metas.sample_log_scale is not None and not metas.sample_log_scale.shape
-            ),
-            normalizers=(pack_f64(options.recon_normalizer), pack_f64(options.kl_normalizer)),
-            mask_normalize=options.mask_normalize,
-            element_free_bits=options.element_free_bits is not None,
-            batch_capacity=options.capacity_mode == "batch",
-            per_sample=options.per_sample,
-            fold_programs=triton.cdiv(n_rows, block_rows),
-            fold=fold,
-            n_rows=n_rows,
-        ),
+        sample_options=sample_options(metas, options) if by_sample else None,
+        recon_normalizer=pack_f64(options.recon_normalizer),
+        mask_normalize=options.mask_normalize,
+        batch_capacity=options.capacity_mode == "batch",
     )
 
 
 def _images(metas: ElboTensors, gradients: ElboTensors) -> Images:
-    inputs = metas.recon, metas.target, metas.log_scale, metas.mask, metas.extra_map
+    inputs = metas.recon, metas.target, metas.log_scale, metas.mask, metas.extra_map, metas.weight_map
     return Images(*inputs, gradients.recon, gradients.target, gradients.log_scale, gradients.extra_map)
 
 

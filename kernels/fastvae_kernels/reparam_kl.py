@@ -1,6 +1,4 @@
-"""Sample a diagonal Gaussian and measure its KL, reading each input once; backward draws the noise again instead
-of reading it.
-"""
+"""Sampling of a diagonal Gaussian and its KL. Each input is read once; the backward pass draws the noise again."""
 
 from typing import Any, NamedTuple
 
@@ -10,28 +8,39 @@ import triton.language as tl
 from torch import Tensor
 
 from ._reduce import fold_rows
-from ._tile import (
-    NUM_WARPS,
-    ONE_TILE_EACH,
-    element_offsets,
-    layout,
-    load,
-    on_device,
-    pack_f64,
-    tile,
-    triton_dtype,
-)
+from ._tile import NUM_WARPS, ONE_TILE_EACH, element_offsets, layout, load, on_device, pack_f64, tile, triton_dtype
 from .gaussian import clamp, exp, expm1, inside, twice_kl_element
 from .philox import elements_per_thread, philox_normal, tile_normals
 from .types import Clamp, PhiloxNoise, TensorMeta, compute_dtype
 
 
 @triton.jit
+def _noise_tile(
+    seed,
+    offset,
+    n_cols,
+    n_col_programs,
+    ELEMENTS_PER_THREAD: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    """First row, first column, rows, columns and noise of this program's tile."""
+    pid = tl.program_id(0).to(tl.int64)
+    if seed.dtype.is_ptr():
+        seed = tl.load(seed)
+    first_row, first_col = (pid // n_col_programs) * BLOCK_ROWS, (pid % n_col_programs) * BLOCK_COLS
+    rows = first_row + tl.arange(0, BLOCK_ROWS)[:, None]
+    cols = first_col + tl.arange(0, BLOCK_COLS)[None, :]
+    noise = tile_normals(seed, offset + rows * n_cols + first_col, BLOCK_COLS, ELEMENTS_PER_THREAD)
+    return first_row, first_col, rows, cols, noise
+
+
+@triton.jit
 def _sample_tile(mu_ptrs, logvar_ptrs, z_ptrs, noise, mask, low, high, WITH_KL: tl.constexpr, DTYPE: tl.constexpr):
-    """Store z; return twice the KL of each element (zeros if it is not asked for)."""
+    """Store z; return twice the KL of each element (zeros without WITH_KL)."""
     mu = load(mu_ptrs, mask, DTYPE)
     logvar = clamp(load(logvar_ptrs, mask, DTYPE), low, high, DTYPE)
-    sigma = exp(0.5 * logvar, DTYPE)
+    sigma = exp(logvar, DTYPE, 0.5)
     tl.store(z_ptrs, (mu + sigma * noise).to(z_ptrs.dtype.element_ty), mask=mask)
     kl = tl.zeros(mu.shape, DTYPE)
     if WITH_KL:
@@ -62,15 +71,9 @@ def _reparam_kl_fwd_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
-    pid = tl.program_id(0).to(tl.int64)
-    if seed.dtype.is_ptr():
-        seed = tl.load(seed)
-    col_program = pid % n_col_programs
-    first_row, first_col = (pid // n_col_programs) * BLOCK_ROWS, col_program * BLOCK_COLS
-    rows = first_row + tl.arange(0, BLOCK_ROWS)[:, None]
-    cols = first_col + tl.arange(0, BLOCK_COLS)[None, :]
-    noise = tile_normals(seed, offset + rows * n_cols + first_col, BLOCK_COLS, ELEMENTS_PER_THREAD)
-
+    first_row, first_col, rows, cols, noise = _noise_tile(
+        seed, offset, n_cols, n_col_programs, ELEMENTS_PER_THREAD, BLOCK_ROWS, BLOCK_COLS
+    )
     mu_ptrs = mu_ptr + element_offsets(rows, cols, mu_strides, sizes)
     logvar_ptrs = logvar_ptr + element_offsets(rows, cols, logvar_strides, sizes)
     z_ptrs = z_ptr + element_offsets(rows, cols, z_strides, sizes)
@@ -81,6 +84,7 @@ def _reparam_kl_fwd_kernel(
         kl = _sample_tile(mu_ptrs, logvar_ptrs, z_ptrs, noise, mask, low, high, kl_ptr is not None, DTYPE)
     if kl_ptr is not None:
         sums = 0.5 * tl.sum(kl, axis=1)[:, None]
+        col_program = tl.program_id(0).to(tl.int64) % n_col_programs
         tl.store(kl_ptr + rows * n_col_programs + col_program, sums, mask=rows < n_rows)
 
 
@@ -96,7 +100,7 @@ def _gradient_tile(
     if dz_ptrs is not None:
         dz = load(dz_ptrs, mask, DTYPE)
         dmu += dz
-        dlogvar += dz * (exp(0.5 * logvar, DTYPE) * noise)
+        dlogvar += dz * (exp(logvar, DTYPE, 0.5) * noise)
     if dkl is not None:
         dmu += dkl * load(mu_ptrs, mask, DTYPE)
         dlogvar += dkl * expm1(logvar, DTYPE)
@@ -111,8 +115,8 @@ def _gradient_tile(
 def _reparam_kl_bwd_kernel(
     mu_ptr,  # [n_rows, n_cols], read
     logvar_ptr,  # [n_rows, n_cols], read
-    dz_ptr,  # [n_rows, n_cols], read; None: no gradient came
-    dkl_ptr,  # [n_rows] at dkl_stride, read; None: no gradient came
+    dz_ptr,  # [n_rows, n_cols], read; None: no gradient was given
+    dkl_ptr,  # [n_rows] at dkl_stride, read; None: no gradient was given
     dmu_ptr,  # [n_rows, n_cols], written; None: not wanted
     dlogvar_ptr,  # [n_rows, n_cols], written; None: not wanted
     seed,
@@ -134,14 +138,9 @@ def _reparam_kl_bwd_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
-    pid = tl.program_id(0).to(tl.int64)
-    if seed.dtype.is_ptr():
-        seed = tl.load(seed)
-    first_row, first_col = (pid // n_col_programs) * BLOCK_ROWS, (pid % n_col_programs) * BLOCK_COLS
-    rows = first_row + tl.arange(0, BLOCK_ROWS)[:, None]
-    cols = first_col + tl.arange(0, BLOCK_COLS)[None, :]
-    noise = tile_normals(seed, offset + rows * n_cols + first_col, BLOCK_COLS, ELEMENTS_PER_THREAD)
-
+    first_row, first_col, rows, cols, noise = _noise_tile(
+        seed, offset, n_cols, n_col_programs, ELEMENTS_PER_THREAD, BLOCK_ROWS, BLOCK_COLS
+    )
     dkl = None if dkl_ptr is None else load(dkl_ptr + rows * dkl_stride, rows < n_rows, DTYPE)
     mu_ptrs = mu_ptr + element_offsets(rows, cols, mu_strides, sizes)
     logvar_ptrs = logvar_ptr + element_offsets(rows, cols, logvar_strides, sizes)
@@ -156,27 +155,26 @@ def _reparam_kl_bwd_kernel(
 
 
 class _Pass(NamedTuple):
-    """One launch but for its tensors and its noise."""
+    """One launch without its tensors and its noise."""
 
     programs: int
     strides: tuple[Any, ...]  # of each tensor
     shape: tuple[Any, ...]  # sizes, n_rows, n_cols, n_col_programs
     elements_per_thread: int  # where the noise of the first element begins a counter
-    block_rows: int
-    block_cols: int
+    constants: dict[str, Any]  # further keywords of the launch
 
 
 class ReparamKLPlan(NamedTuple):
-    """Launches of both passes of one kind of call."""
+    """The launches of both passes, for calls with equal signatures."""
 
     device: torch.device
     with_kl: bool
     bounds: tuple[Any, Any]  # of logvar, packed
     dtype: torch.dtype  # of arithmetic
-    triton_dtype: tl.dtype
     forward: _Pass
     backward: _Pass
-    partials: tuple[int, ...]  # shape of the partial sums of the KL; [n_rows] where they are the sums
+    # shape and strides of the partial sums of the KL; [n_rows] where they are the sums
+    partials: tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def plan_reparam_kl(
@@ -198,21 +196,23 @@ def plan_reparam_kl(
         with_kl=with_kl,
         bounds=(pack_f64(low), pack_f64(high)),
         dtype=dtype,
-        triton_dtype=triton_dtype(dtype),
         forward=forward,
         backward=_plan_pass((mu, logvar, z, dmu, dlogvar), mu.dtype.itemsize, with_kl),
-        partials=(n_rows, n_col_programs) if n_col_programs > 1 else (n_rows,),
+        partials=((n_rows, n_col_programs), (n_col_programs, 1)) if n_col_programs > 1 else ((n_rows,), (1,)),
     )
 
 
 def _plan_pass(tensors: tuple[TensorMeta, ...], element_size: int, by_sample: bool) -> _Pass:
     if 0 in tensors[0].shape:
-        return _Pass(0, ((),) * len(tensors), (None, tensors[0].shape[0], 0, 1), 1, 1, 1)
+        return _Pass(0, ((),) * len(tensors), (None, tensors[0].shape[0], 0, 1), 1, {})
     n_rows, n_cols, sizes, strides = layout(tensors, by_sample=by_sample, c_order=True)
     t = tile(n_rows, n_cols, element_size, max_programs=ONE_TILE_EACH, noise=True)
     per_thread = elements_per_thread(element_size, 0 if n_rows == 1 else n_cols)
     shape = sizes, n_rows, n_cols, t.col_programs
-    return _Pass(t.programs(n_rows), tuple(strides), shape, per_thread, t.rows, t.cols)
+    dtype = triton_dtype(compute_dtype(*tensors[:2]))
+    constants = {"DTYPE": dtype, "BLOCK_ROWS": t.rows, "BLOCK_COLS": t.cols, "num_warps": NUM_WARPS}
+    launch = {"grid": (t.programs(n_rows),), "warmup": False, "enable_fp_fusion": True}
+    return _Pass(t.programs(n_rows), tuple(strides), shape, per_thread, constants | launch)
 
 
 def reparam_kl_fwd(
@@ -222,9 +222,9 @@ def reparam_kl_fwd(
     at = plan.forward
     if not at.programs:
         return (mu.new_zeros(mu.shape[0], dtype=plan.dtype) if plan.with_kl else None), ()
-    partials = mu.new_empty(plan.partials, dtype=plan.dtype) if plan.with_kl else None
+    partials = torch.empty_strided(*plan.partials, dtype=plan.dtype, device=plan.device) if plan.with_kl else None
     with on_device(plan.device):
-        _reparam_kl_fwd_kernel[(at.programs,)](
+        _reparam_kl_fwd_kernel.run(
             mu,
             logvar,
             z,
@@ -235,11 +235,7 @@ def reparam_kl_fwd(
             *at.strides,
             *at.shape,
             ELEMENTS_PER_THREAD=at.elements_per_thread if noise.offset % 4 == 0 else 1,
-            DTYPE=plan.triton_dtype,
-            BLOCK_ROWS=at.block_rows,
-            BLOCK_COLS=at.block_cols,
-            num_warps=NUM_WARPS,
-            enable_fp_fusion=True,
+            **at.constants,
         )
         return (partials if partials is None or partials.ndim == 1 else fold_rows(partials)), ()
 
@@ -278,7 +274,7 @@ def reparam_kl_bwd(
     if not at.programs:
         return
     with on_device(plan.device):
-        _reparam_kl_bwd_kernel[(at.programs,)](
+        _reparam_kl_bwd_kernel.run(
             mu,
             logvar,
             dz,
@@ -292,9 +288,5 @@ def reparam_kl_bwd(
             0 if dkl is None else dkl.stride(0),
             *at.shape,
             ELEMENTS_PER_THREAD=at.elements_per_thread if noise.offset % 4 == 0 else 1,
-            DTYPE=plan.triton_dtype,
-            BLOCK_ROWS=at.block_rows,
-            BLOCK_COLS=at.block_cols,
-            num_warps=NUM_WARPS,
-            enable_fp_fusion=True,
+            **at.constants,
         )

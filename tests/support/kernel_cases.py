@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import fastvae
-from fastvae.likelihoods import L1, L2, Gaussian, Scaled
+from fastvae._elementwise import ERRORS
+from fastvae.likelihoods import L2, Gaussian, Scaled
 from fastvae.regularizers import FreeBits
 from fastvae.statistics import latent_stats
 
@@ -32,7 +33,7 @@ RANGES, ODD_RANGES, ONE_RANGE = (1024, 64), (1031, 37), (64, 512)
 HUGE = (3, 2**30)  # more than 2^31 elements
 
 
-Plane = Literal["image", "mask", "latent", "sample"]
+Plane = Literal["image", "weights", "mask", "latent", "sample"]
 
 
 class Option(NamedTuple):
@@ -48,24 +49,22 @@ class Option(NamedTuple):
 
 
 OPTIONS = {
-    "l1": Option(partial(dict, likelihood="l1")),
-    "huber": Option(partial(dict, likelihood="huber")),
-    "log_cosh": Option(partial(dict, likelihood="log_cosh")),
-    "bernoulli": Option(partial(dict, likelihood="bernoulli")),
-    "bernoulli_probs": Option(partial(dict, likelihood="bernoulli_probs")),
-    "l2_of_logits": Option(partial(dict, likelihood=L2(from_logits=True))),
-    "l1_of_logits": Option(partial(dict, likelihood=L1(from_logits=True))),
+    **{name: Option(partial(dict, likelihood=likelihood)) for name, likelihood in ERRORS.items()},
     "shifted": Option(partial(dict, likelihood=L2(target_scale=2 / 255, target_shift=-1.0))),  # of a uint8 target
     "gaussian": Option(lambda logvar: {"likelihood": Gaussian(logvar)}, ("image",)),
     "scaled_l1": Option(lambda log_scale: {"likelihood": Scaled("l1", log_scale)}, ("image",)),
     "scaled_sample": Option(lambda log_scale: {"likelihood": Scaled("l1", log_scale)}, ("sample",)),
     "mask": Option(lambda mask: {"mask": mask}, ("mask",)),
     "weight": Option(lambda weight: {"weight": weight}, ("sample",)),
+    "extra_map": Option(lambda extra: {"extra": extra}, ("image",)),
+    "recon_weight_map": Option(lambda weight: {"recon_weight": weight}, ("weights",)),
+    "recon_weight": Option(lambda weight: {"recon_weight": weight}, ("sample",)),
+    "beta": Option(lambda beta: {"beta": beta}, ("sample",)),
     "target": Option(dict),  # wants a gradient
     "prior": Option(lambda mu, logvar: {"prior": (mu, logvar)}, ("latent", "latent")),
     **{mode: Option(partial(dict, free_bits=FreeBits(0.1, mode))) for mode in ("dim", "dim_mask", "dim_batch")},
 }
-LIKELIHOODS = ("l1", "huber", "log_cosh", "bernoulli", "bernoulli_probs", "l2_of_logits", "l1_of_logits")
+LIKELIHOODS = tuple(name for name in ERRORS if name != "l2")
 
 
 class Floor(NamedTuple):
@@ -163,7 +162,8 @@ class Case:
         """Of the errors and their gradients, where they are computed."""
         size, target_size = self.dtype.itemsize, (self.target_dtype or self.dtype).itemsize
         planes = size * (1 + self._planes("image"))
-        return Floor(planes + target_size + self._planes("mask"), planes + target_size * ("target" in self.options))
+        fixed = self._planes("mask") + size * self._planes("weights")
+        return Floor(planes + target_size + fixed, planes + target_size * ("target" in self.options))
 
     @property
     def _latent_floor(self) -> Floor:
@@ -199,6 +199,7 @@ class Case:
         wide = torch.promote_types(self.dtype, torch.float32)
         make = {
             "image": lambda: tensor(self.shape, self.dtype),
+            "weights": lambda: tensor(self.shape, self.dtype, leaf=False),
             "mask": lambda: tensor(self.shape, torch.uint8, leaf=False) > 127,
             "latent": lambda: tensor(latents, self.dtype),
             "sample": lambda: tensor(self.shape[:1], wide, leaf=False),

@@ -78,7 +78,7 @@ def compiled(case: Case, half: str) -> tuple[str, str, str, str, str]:
         launch = (forward if half == "forward" else backward).launches[0]
         facts[target] = report(launch.kernel)
     hopper = facts["sm_90"]
-    path = hopper.paths[-1 if half == "backward, upstream 3" else 0]
+    path = hopper.path
     width = max([*path.global_loads, *path.global_stores])
     per_thread = elements_per_program(launch.arguments) / (32 * hopper.kernel.metadata.num_warps)
     return (
@@ -106,7 +106,7 @@ def speed(case: Case, half: str, floor: Floor) -> tuple[str, ...]:
     with DryRun("sm_90") as backward:
         case.backward(step)
     launch = (forward if half == "forward" else backward).launches[0]
-    path = report(launch.kernel).paths[-1 if half == "backward, upstream 3" else 0]
+    path = report(launch.kernel).path
     on_h100, on_h200 = (predict(launch, path, floor.total, case.n_elements, gpu) for gpu in (H100, H200))
     return (
         " ".join([storage(case), *case.options]),

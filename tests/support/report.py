@@ -84,8 +84,8 @@ class NvidiaReport:
 
     @property
     def path(self) -> Code:
-        """The cheapest path that does the kernel's work, see `Code.paths`."""
-        return self.paths[0]
+        """The cheapest of the `paths` that move the most bytes: through whole tiles, past no part of the work."""
+        return max(self.paths, key=lambda path: path.bits_moved)  # the first of several, which is the cheapest
 
     def instructions_per_element(self, elements_per_program: int) -> float:
         """Instructions that a thread executes on `path` for each of its elements."""

@@ -41,6 +41,11 @@ class Code(list[Instruction]):
         return self.widths(GLOBAL_STORES)
 
     @property
+    def bits_moved(self) -> int:
+        """Between a thread and global memory."""
+        return sum(width * count for width, count in (self.global_loads + self.global_stores).items())
+
+    @property
     def shared_accesses(self) -> int:
         return self.widths(("LDS", "LDSM", "STS", "STSM", "LDGSTS")).total()
 

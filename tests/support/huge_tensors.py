@@ -1,4 +1,4 @@
-"""More than 2^31 elements on a small machine: memory that is only promised, launches of which only the end runs."""
+"""Tensors of more than 2^31 elements on a small machine: sparse memory, and launches that run their last programs."""
 
 import math
 import mmap
@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 
-def promised(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Zeros that take no memory before they are touched: a file full of holes, which no system counts as memory."""
+def sparse_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros in a sparse file, which take no memory until they are written."""
     with tempfile.TemporaryFile() as file:
         file.truncate(math.prod(shape) * dtype.itemsize)
         return torch.frombuffer(mmap.mmap(file.fileno(), 0), dtype=dtype).view(shape)
@@ -23,7 +23,7 @@ def promised(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 def last_programs(count: int | None) -> Iterator[None]:
     """Interpreted launches run the last `count` programs of their grid alone, in place; None: all, in place.
 
-    The interpreter copies every argument onto itself after a launch, which would touch all that was promised.
+    The interpreter copies every argument onto itself after a launch, which would allocate all of a sparse tensor.
     """
     from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 

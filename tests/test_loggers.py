@@ -1,5 +1,6 @@
-"""`--log tensorboard`: the figures of metrics.jsonl, under the same names, resumed runs included."""
+"""Loggers: TensorBoard and CSV get the figures of metrics.jsonl, under the same names, resumed runs included."""
 
+import csv
 import json
 import signal
 import sys
@@ -16,6 +17,9 @@ for package in ("PIL.Image", "matplotlib", "safetensors"):
 accumulator = pytest.importorskip(
     "tensorboard.backend.event_processing.event_accumulator", reason="TensorBoard comes with the extra [log]"
 )
+
+from PIL import Image  # noqa: E402
+from tensorboard.plugins.hparams import plugin_data_pb2  # noqa: E402
 
 
 @pytest.fixture
@@ -48,6 +52,49 @@ def test_figures_are_those_of_the_metrics_file(config):
     assert scalars(run) == pytest.approx(logged(run), rel=1e-6)
 
 
+def test_pictures_and_options_are_logged(config):
+    result = train(config)
+    events = accumulator.EventAccumulator(str(result.run / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    pictures = ["interpolations", "latent", "loss", "progress", "reconstructions", "samples"]
+    assert sorted(events.Tags()["images"]) == pictures
+    assert [image.step for image in events.Images("progress")] == [4, 8]
+    (samples,) = events.Images("samples")
+    with Image.open(result.run / "samples.png") as picture:
+        assert (samples.step, samples.width, samples.height) == (8, *picture.size)
+    plugin = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    options = plugin_data_pb2.HParamsPluginData.FromString(plugin).session_start_info.hparams
+    assert options["batch_size"].number_value == 8
+    assert options["backbone"].string_value == "mlp"
+
+
+def rows_of(run):
+    with (run / "metrics.csv").open(newline="") as file:
+        return [{name: value for name, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def as_text(run):
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [{name: str(value) for name, value in json.loads(line).items()} for line in lines]
+
+
+def test_csv_holds_the_records_of_a_run_and_of_its_continuation(config):
+    class KilledError(Exception):
+        pass
+
+    def on_event(event):
+        if isinstance(event, Logged) and event.record["step"] == 4:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        train(replace(config, log="csv"), on_event=on_event)
+    assert rows_of(config.out) == as_text(config.out)
+    run = train(replace(config, log="csv", out=None, resume=config.out)).run
+    assert rows_of(run) == as_text(run)
+    assert {row["split"] for row in rows_of(run)} == {"train", "validation"}
+    assert not (run / "tensorboard").exists()
+
+
 def test_a_resumed_run_shows_each_step_once(config):
     class KilledError(Exception):
         pass
@@ -69,7 +116,7 @@ def test_a_missing_tensorboard_is_said_before_the_training(config, monkeypatch):
 
 
 def test_other_logs_are_refused(config):
-    with pytest.raises(ValueError, match="log must be tensorboard"):
+    with pytest.raises(ValueError, match="log must be one of tensorboard, csv"):
         replace(config, log="wandb")
 
 

@@ -1,4 +1,4 @@
-"""Large pages for the gradients that the fallback writes."""
+"""Huge pages for the gradients that the fallback writes."""
 
 import re
 import sys
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastvae
-from fastvae.fallback.pages import advise_large_pages
+from fastvae.fallback.hugepages import advise_huge_pages
 
 SMAPS = Path("/proc/self/smaps")
 
@@ -26,22 +26,22 @@ def flags_of(tensor):
 
 
 @pytest.mark.skipif(
-    not SMAPS.exists() or not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no large pages here"
+    not SMAPS.exists() or not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no huge pages here"
 )
-def test_large_gradients_ask_for_large_pages():
+def test_large_gradients_ask_for_huge_pages():
     before = torch.empty(1 << 24)
     assert "hg" not in flags_of(before)
-    advise_large_pages(before)
+    advise_huge_pages(before)
     assert "hg" in flags_of(before)
     small = torch.empty(1 << 10)
-    advise_large_pages(small)
+    advise_huge_pages(small)
     assert "hg" not in flags_of(small)
 
 
 def test_elsewhere_nothing_is_asked(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
-    advise_large_pages(torch.empty(1 << 24))
-    advise_large_pages(torch.empty(1 << 24, device="meta"))
+    advise_huge_pages(torch.empty(1 << 24))
+    advise_huge_pages(torch.empty(1 << 24, device="meta"))
 
 
 @pytest.mark.parametrize("n", [(1 << 23) + 3, 1 << 23])

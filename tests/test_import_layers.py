@@ -1,4 +1,4 @@
-"""Who may import whom, what the wheel holds, and what importing fastvae needs."""
+"""Which modules may import which, what the wheel contains, and what importing fastvae needs."""
 
 import ast
 import subprocess
@@ -11,13 +11,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = {"fastvae": ROOT / "fastvae", "fastvae_kernels": ROOT / "kernels/fastvae_kernels"}
 
-# each room may import the rooms below it and its own; rooms on one line do not see each other
+# a package or module may import those on lower lines; those on one line do not import each other
 LAYERS = [
     {"__main__"},
     {"cli"},
     {"training", "integrations"},
     {"evaluation"},
-    {"models", "data", "loss", "distributions", "iwae"},
+    {"models", "data", "loss", "distributions", "iwae", "capture"},
     {"functional", "statistics", "input_checks"},
     {"_batch_terms", "sampling", "presets"},
     {"ops"},
@@ -25,21 +25,24 @@ LAYERS = [
     {"fallback", "fastvae_kernels"},
     {"_seeds"},
     {"reference", "_checks", "_backend", "_distributed", "_files", "_modules"},
-    {"_strides", "_dtypes", "_numbers"},
+    {"_elementwise", "_argument_checks"},
+    {"_custom"},
+    {"_likelihood_base"},
+    {"_strides", "_dtypes", "_numbers", "_graphs"},
     {"types"},
 ]
-LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 
-def room_of(module: str) -> str:
+def layer_of(module: str) -> str:
     """fastvae.ops.elbo -> ops; fastvae_kernels.elbo -> fastvae_kernels."""
     parts = module.split(".")
     if parts[:2] == ["fastvae_kernels", "types"]:
-        return "types"  # what the kernels exchange with everybody
+        return "types"  # the tuples that ops and backends exchange
     return parts[0] if parts[0] == "fastvae_kernels" else (parts[1] if len(parts) > 1 else "fastvae")
 
 
-def arrows():
+def imports():
     """(file, importing module, imported module), from every import statement, lazy ones included."""
     for package, folder in PACKAGES.items():
         for file in folder.rglob("*.py"):
@@ -62,13 +65,13 @@ def arrows():
                 yield from ((file, module, t) for t in targets if t.split(".")[0] in PACKAGES)
 
 
-def test_arrows_go_down_only():
-    seen = list(arrows())
+def test_imports_go_to_lower_layers_only():
+    seen = list(imports())
     assert len(seen) > 30
     wrong = []
     for file, source, target in seen:
-        a, b = room_of(source), room_of(target)
-        if a in ("fastvae", b):  # the package's front door; a room's own files
+        a, b = layer_of(source), layer_of(target)
+        if a in ("fastvae", b):  # fastvae/__init__.py; modules of one package
             continue
         public = (
             source.startswith("fastvae.") and b not in LEVEL and LEVEL[a] <= LEVEL["loss"]
@@ -79,7 +82,7 @@ def test_arrows_go_down_only():
 
 
 def test_kernels_never_import_fastvae_and_no_op_imports_another():
-    for file, source, target in arrows():
+    for file, source, target in imports():
         assert not (source.startswith("fastvae_kernels") and target.split(".")[0] == "fastvae"), file
         if source.startswith("fastvae.ops.") and target.startswith("fastvae.ops."):
             assert target.split(".")[2].startswith("_"), f"{file} imports {target}: only what ops share may be imported"
@@ -120,6 +123,21 @@ z, kl = fastvae.reparameterize_kl(mu, mu, seed=1)
 fastvae.VAELoss()(z, torch.zeros(2, 3), kl=kl).backward()
 assert mu.grad is not None
 assert {m for m in sys.modules if m.startswith("fastvae_kernels.")} == {"fastvae_kernels.types"}
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+
+
+def test_the_package_shows_its_public_names_only():
+    script = """
+import sys, fastvae
+assert sorted(dir(fastvae)) == sorted([*fastvae.__all__, "__version__"])
+modules = {"fastvae.data", "fastvae.evaluation", "fastvae.models", "fastvae.training"}
+assert not modules & set(sys.modules)
+assert all(hasattr(fastvae, name) for name in fastvae.__all__)
+assert modules <= set(sys.modules)
+assert not hasattr(fastvae, "no_such_name")
+from fastvae import *
+assert VAELoss and models.VAE and data.load
 """
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
 
