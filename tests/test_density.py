@@ -135,6 +135,11 @@ def test_constants_make_densities_of_likelihoods(likelihood, log_normalizer):
     assert density.constant == pytest.approx(log_normalizer, abs=1e-6)
 
 
+def test_the_constant_of_a_function_is_unknown():
+    assert math.isnan(Density.of(lambda recon, target: (recon - target).abs()).constant)
+    assert math.isnan(Density.of(Scaled(lambda recon, target: (recon - target).abs(), 0.0)).constant)
+
+
 def test_probabilities_need_no_constant():
     assert Density.of(fastvae.likelihoods.Bernoulli()) == (0.0, True)
     assert bits_per_dim(math.log(2) * 10, 10, discrete=True) == pytest.approx(1)
