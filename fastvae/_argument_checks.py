@@ -1,17 +1,22 @@
 """Checks of one or two arguments, whatever they are for; see `_checks`."""
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from fastvae_kernels.types import TensorMeta
+from fastvae_kernels.types import Clamp, TensorMeta
 
-from ._dtypes import compute_dtype
+from . import _numbers
+from ._dtypes import compute_dtype, in_dtype
 
+SCHEDULES = ("Linear", "Cosine", "Sigmoid", "Cyclical")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+SCHEDULES = ("Linear", "Cosine", "Sigmoid", "Cyclical")
 
 
 def names(dtypes: Iterable[torch.dtype]) -> str:
@@ -102,3 +107,55 @@ def expanded(name: str, tensor: Tensor, other: str, like: Tensor) -> Tensor:
 def fail(message: str) -> NoReturn:
     """For options whose combination has no meaning."""
     raise ValueError(message)
+
+
+def log_scale(name: str, value: Any, *, also: str | None = None) -> Any:
+    """The log of a decoder's scale: a float, a tensor, or `also`."""
+    if isinstance(value, str) and value == also:
+        return value
+    if isinstance(value, Tensor):
+        if value.dtype not in FLOATS:
+            raise TypeError(f"{name} must be one of {names(FLOATS)}; got {names([value.dtype])}. Convert it.")
+        return value
+    if isinstance(value, str):
+        fail(f"{name} must be a float{f', {also!r}' if also else ''} or a tensor; got {value!r}.")
+    if math.isnan(log_scale := _numbers.number(name, value)):
+        fail(f"{name} must be a number; got {value!r}.")
+    return log_scale
+
+
+def weight(name: str, value: Any) -> float | Tensor:
+    """beta, recon_weight, capacity: a number of at least 0, as a float, or a 0-dimensional tensor."""
+    if isinstance(value, Tensor):
+        if value.ndim != 0 or not value.is_floating_point():
+            fail(
+                f"{name} must be a float or a 0-dimensional floating point tensor; got {names([value.dtype])} "
+                f"of shape {tuple(value.shape)}. Pass one value."
+            )
+        return value
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, int | float | Real)):
+        hint = ""
+        if name == "beta":
+            (schedule, *_) = [*difflib.get_close_matches(str(value).title(), SCHEDULES, n=1), "Linear"]
+            call = f"fastvae.schedules.{schedule}(0.0, 1.0, steps)"
+            hint = f" For a schedule, use VAELoss(beta={call}), or pass its .value to a function."
+        raise TypeError(f"{name} must be a float or a 0-dimensional tensor; got {kind(value)}.{hint}")
+    number = _numbers.number(name, value)
+    if not number >= 0:
+        fail(f"{name} must be 0 or more; got {value!r}. To subtract a term, negate the result instead.")
+    return number
+
+
+def logvar_clamp(value: Any) -> Clamp | None:
+    if value is None:
+        return None
+    try:
+        low, high = (float(bound) for bound in value)
+    except (TypeError, ValueError, OverflowError):
+        low = high = math.nan
+    low, high = in_dtype(low, torch.float32), in_dtype(high, torch.float32)  # no variance needs more
+    if not low < high:
+        raise ValueError(
+            f"logvar_clamp must be None or (lo, hi) with lo < hi; got {value!r}. For example (-30.0, 20.0)."
+        )
+    return low, high

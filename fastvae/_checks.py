@@ -3,17 +3,13 @@
 A tensor may be given as its `TensorMeta`. No check reads a tensor's values, so none waits for a device.
 """
 
-import difflib
-import math
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastvae_kernels.types import Clamp, ElboNumbers, ElboOptions, ElboTensors, TensorMeta
+from fastvae_kernels.types import ElboNumbers, ElboOptions, ElboTensors, TensorMeta
 
-from . import _numbers
 from ._argument_checks import FLOATS as FLOATS
 from ._argument_checks import choice as choice
 from ._argument_checks import expanded as expanded
@@ -22,14 +18,15 @@ from ._argument_checks import float_tensor as float_tensor
 from ._argument_checks import gaussian as gaussian
 from ._argument_checks import halves as halves
 from ._argument_checks import kind as kind
+from ._argument_checks import log_scale as log_scale
+from ._argument_checks import logvar_clamp as logvar_clamp
 from ._argument_checks import names
 from ._argument_checks import same_device as same_device
 from ._argument_checks import same_shape as same_shape
-from ._dtypes import in_dtype
+from ._argument_checks import weight as weight
 from ._strides import is_dense
 
 REDUCTIONS = ("batchmean", "sum", "mean", "none")
-SCHEDULES = ("Linear", "Cosine", "Sigmoid", "Cyclical")
 
 
 def reduction(value: str) -> str:
@@ -56,21 +53,6 @@ def images(recon: Any, target: Any) -> None:
     float_tensor("target", target, also=(torch.uint8,))
     same_shape("recon", recon, "target", target)
     same_device("recon", recon, "target", target)
-
-
-def log_scale(name: str, value: Any, *, also: str | None = None) -> Any:
-    """The log of a decoder's scale: a float, a tensor, or `also`."""
-    if isinstance(value, str) and value == also:
-        return value
-    if isinstance(value, Tensor):
-        if value.dtype not in FLOATS:
-            raise TypeError(f"{name} must be one of {names(FLOATS)}; got {names([value.dtype])}. Convert it.")
-        return value
-    if isinstance(value, str):
-        fail(f"{name} must be a float{f', {also!r}' if also else ''} or a tensor; got {value!r}.")
-    if math.isnan(log_scale := _numbers.number(name, value)):
-        fail(f"{name} must be a number; got {value!r}.")
-    return log_scale
 
 
 def mask(value: object, like: Tensor, name: str = "mask", other: str = "recon") -> Tensor:
@@ -240,28 +222,6 @@ def recon_weight(value: Any, recon: Tensor) -> tuple[float | Tensor, Tensor | No
     return 1.0, of_elements if of_samples is None else of_samples
 
 
-def weight(name: str, value: Any) -> float | Tensor:
-    """beta, recon_weight, capacity: a number of at least 0, as a float, or a 0-dimensional tensor."""
-    if isinstance(value, Tensor):
-        if value.ndim != 0 or not value.is_floating_point():
-            fail(
-                f"{name} must be a float or a 0-dimensional floating point tensor; got {names([value.dtype])} "
-                f"of shape {tuple(value.shape)}. Pass one value."
-            )
-        return value
-    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, int | float | Real)):
-        hint = ""
-        if name == "beta":
-            (schedule, *_) = [*difflib.get_close_matches(str(value).title(), SCHEDULES, n=1), "Linear"]
-            call = f"fastvae.schedules.{schedule}(0.0, 1.0, steps)"
-            hint = f" For a schedule, use VAELoss(beta={call}), or pass its .value to a function."
-        raise TypeError(f"{name} must be a float or a 0-dimensional tensor; got {kind(value)}.{hint}")
-    number = _numbers.number(name, value)
-    if not number >= 0:
-        fail(f"{name} must be 0 or more; got {value!r}. To subtract a term, negate the result instead.")
-    return number
-
-
 def regularizers(free_bits: Any, free_bits_type: type, capacity: Any, capacity_type: type) -> None:
     for name, value, cls in (("free_bits", free_bits, free_bits_type), ("capacity", capacity, capacity_type)):
         if value is not None and not isinstance(value, cls):
@@ -287,6 +247,22 @@ def defined(free_bits: Any, capacity_mode: str | None, mask_normalize: bool, red
     for option, whole in (("free_bits", of_batch), ("capacity", capacity_mode == "batch")):
         if whole and kl_reduction == "none":
             fail(f'{option} of the batch has no value per sample; got kl_reduction="none". Choose another mode.')
+
+
+def count_options(extra: object, inplace: bool) -> None:
+    """Options that a likelihood of counts does not have."""
+    if extra is not None:
+        fail("extra has no meaning for a likelihood of counts, whose elements have no scale. Add it to the loss.")
+    if inplace:
+        fail("inplace=True does not work with a likelihood of counts, which reads recon again. Leave it out.")
+
+
+def no_likelihood_args(arguments: object) -> None:
+    if arguments is not None:
+        fail(
+            "likelihood_args are for likelihoods of counts: NegativeBinomial, Poisson and Multinomial of "
+            "fastvae.likelihoods. Leave them out."
+        )
 
 
 def overwritable(recon: Tensor, target: Tensor, recon_weight: object, one_pass: bool) -> None:
@@ -319,18 +295,3 @@ def one_pass_is_right(tensors: ElboTensors, numbers: ElboNumbers, options: ElboO
     one_gradient = not tensors.target.requires_grad and not extra_map
     known = numbers.recon_weight is None and not options.mask_normalize
     return tensors.recon.dtype != torch.float16 and one_gradient and known
-
-
-def logvar_clamp(value: Any) -> Clamp | None:
-    if value is None:
-        return None
-    try:
-        low, high = (float(bound) for bound in value)
-    except (TypeError, ValueError, OverflowError):
-        low = high = math.nan
-    low, high = in_dtype(low, torch.float32), in_dtype(high, torch.float32)  # no variance needs more
-    if not low < high:
-        raise ValueError(
-            f"logvar_clamp must be None or (lo, hi) with lo < hi; got {value!r}. For example (-30.0, 20.0)."
-        )
-    return low, high

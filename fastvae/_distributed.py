@@ -105,7 +105,7 @@ def world_of(device: torch.device) -> Iterator[World]:
         store, rank, size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"the processes of torchrun cannot meet: {str(error).rstrip('.')}. {NOT_TORCHRUN}") from error
-    # torchrun keeps its store through restarts: without a prefix the addresses of those who fell are found there
+    # torchrun keeps its store through restarts: the prefix hides addresses of processes that have ended
     store = dist.PrefixStore(f"attempt {restarts()}", store)  # type: ignore[attr-defined]
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size
@@ -120,7 +120,7 @@ def world_of(device: torch.device) -> Iterator[World]:
 def wait_for_all(store: Any, size: int) -> None:
     """A barrier through a `torch.distributed.Store`, without the group.
 
-    After a barrier of gloo's, one of its threads frees tensors of Python; where the interpreter ends meanwhile, that
+    After a barrier of gloo's, one of its threads frees tensors of Python; if the interpreter ends at that time, that
     aborts the process (https://github.com/pytorch/pytorch/issues/190489).
     """
     if store.add("done", 1) == size:
@@ -130,7 +130,7 @@ def wait_for_all(store: Any, size: int) -> None:
 
 
 def restarts() -> int:
-    """How many times torchrun has started the processes anew."""
+    """How many times torchrun has restarted the processes."""
     return _number("TORCHELASTIC_RESTART_COUNT", 0)
 
 

@@ -134,6 +134,8 @@ class CapturedStep:
             loss = _loss_of(terms) / self._accumulate if self._accumulate > 1 else _loss_of(terms)
             (loss if self._scaler is None else self._scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
             results.append(_detached(terms))
+            if self._noise is not None and (self._criterion is None or len(results) == self._accumulate):
+                self._noise.advance()  # a function takes no offset that would tell its micro-batches apart
         results_mean = _mean(results)
         if self._scaler is not None:
             self._scaler.unscale_(self._optimizer)
@@ -151,8 +153,6 @@ class CapturedStep:
         self.nonfinite.add_((loss - loss).ne(0))  # NaN or infinity minus itself is NaN; isfinite takes four kernels
         for schedule in self._schedules:
             schedule.step()
-        if self._noise is not None:
-            self._noise.advance()
         if self._ema is not None:
             averaged, current = zip(*self._averaged_pairs(), strict=True)
             assert self._ema.multi_avg_fn is not None
@@ -247,8 +247,9 @@ def capture_step(
         optimizer: For the graph, one of torch.optim that has the option `capturable`, or SGD. Its `capturable` is
             set, and each `lr` becomes a tensor on the device, which torch's schedulers write in place.
         example: A batch: its shape, dtype and device are those of the graph. Its values count for nothing.
-        noise: Seeds the sampling: the model is called with `seed=noise.seed` (a function reads it itself), and
-            `advance()` follows the backward pass. Without it the model draws from torch's default generator.
+        noise: Seeds the sampling: the model is called with `seed=noise.seed` and the `offset` of the micro-batch, and
+            `advance()` follows the backward pass. A function reads `noise.seed` itself, and `advance()` follows each
+            micro-batch. Without `noise` the model draws from torch's default generator.
         warmup: Steps on a side stream before the capture, which compile kernels and fill caches. Afterwards weights,
             optimizer, noise, schedules and random numbers are as before. Modules that only a function holds are not
             known here: what the warm-up does to their buffers stays.

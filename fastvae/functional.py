@@ -1,5 +1,6 @@
 """The public functions."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import Tensor
@@ -8,8 +9,8 @@ from fastvae_kernels.types import Clamp, ElboNumbers, ElboTensors
 
 from . import _checks
 from ._batch_terms import elbo_with_batch_terms, needs_batch_terms
-from ._dtypes import compute_dtype
-from .likelihoods import SPECS, Likelihood, LikelihoodSpec, resolve_likelihood
+from ._count_terms import elbo_of_counts
+from .likelihoods import SPECS, CountLikelihood, Likelihood, LikelihoodSpec, extra_errors, resolve_likelihood
 from .ops._elbo_plan import LossSpec
 from .ops.elbo import elbo
 from .regularizers import Capacity, FreeBits
@@ -109,13 +110,15 @@ def reconstruction_loss(
     weight: Tensor | None = None,
     mask: Tensor | None = None,
     extra: Tensor | None = None,
+    likelihood_args: Mapping[str, Tensor | None] | None = None,
 ) -> Tensor:
     """Error of a reconstruction, sum over its elements: "l2" is the sum of (recon - target)^2.
 
     Args:
         recon: The decoder's output, [B, ...]; float64, float32, bfloat16 or float16; any strides.
         target: Shape and device of `recon`; floating point, or uint8, which stands for value / 255.
-        likelihood, weight, mask, extra: As in `vae_loss`. A weight of each element is `recon_weight` there.
+        likelihood, weight, mask, extra, likelihood_args: As in `vae_loss`. A weight of each element is `recon_weight`
+            there.
         reduction: "batchmean": sum over all, divided by B; "sum"; "mean": divided by the number of elements; "none":
             [B].
 
@@ -128,11 +131,17 @@ def reconstruction_loss(
     """
     if mask is not None:
         mask = _checks.mask(mask, recon)
+    if isinstance(likelihood, CountLikelihood):
+        _checks.count_options(extra, inplace=False)
+        spec = LossSpec(None, _checks.reduction(reduction), reduction, one_pass=True)
+        tensors = ElboTensors(recon, target, mask=mask, weight=weight)
+        return elbo_of_counts(likelihood, likelihood_args, tensors, ElboNumbers(), spec)[1]
+    _checks.no_likelihood_args(likelihood_args)
     resolved = resolve_likelihood(likelihood, recon, target, mask)
     recon, target, likelihood_spec, log_scale, sample_log_scale = resolved
     tensors = ElboTensors(recon, target, log_scale, mask=mask, weight=weight, sample_log_scale=sample_log_scale)
     if extra is not None:
-        of_samples, of_elements = _extra(extra, recon, log_scale)
+        of_samples, of_elements = extra_errors(extra, recon, log_scale)
         tensors = tensors._replace(extra=of_samples, extra_map=of_elements)
     spec = LossSpec(likelihood_spec, _checks.reduction(reduction), reduction, one_pass=True)
     function = elbo_with_batch_terms if needs_batch_terms(spec) else elbo
@@ -162,6 +171,7 @@ def vae_loss(
     extra: Tensor | None = None,
     one_pass: bool = True,
     inplace: bool = False,
+    likelihood_args: Mapping[str, Tensor | None] | None = None,
 ) -> VAELossTerms:
     """The loss of a variational autoencoder: the negative evidence lower bound, in nats per sample by default.
 
@@ -207,6 +217,9 @@ def vae_loss(
         inplace: Let that gradient overwrite `recon` itself: no memory of its own, and on a CPU no fresh pages, which
             are most of the cost. recon holds garbage afterwards. An upstream gradient that is not a power of two rounds
             a 16-bit gradient a second time. Ignored where no gradient is asked for and under torch.compile.
+        likelihood_args: For a likelihood of counts: its arguments for this batch by name, such as
+            {"log_library": ..., "index": ...}; they take precedence over those that the likelihood holds. With these
+            likelihoods, extra and inplace are errors, and the target are counts of any dtype, dense or CSR.
 
     Examples:
         A perceptual distance of each image, [B], added once per image: extra / D, D = the elements of an image.
@@ -240,6 +253,10 @@ def vae_loss(
     if kl is not None:
         _checks.kl_given(recon, mu, logvar, prior, logvar_clamp, free_bits, kl_mask, kl_reduction or reduction)
         n_latents, mu = None if mu is None else mu.numel(), None
+    if isinstance(likelihood, CountLikelihood):
+        _checks.count_options(extra, inplace)
+    else:
+        _checks.no_likelihood_args(likelihood_args)
     if inplace:
         _checks.overwritable(recon, target, recon_weight, one_pass)
     if free_bits is not None or capacity is not None:
@@ -252,10 +269,10 @@ def vae_loss(
         mask = _checks.mask(mask, recon)
     if kl_mask is not None and mu is not None:
         kl_mask = _checks.mask(kl_mask, mu, "kl_mask", "mu")
-    spec_of_likelihood: str | LikelihoodSpec
+    spec_of_likelihood: str | LikelihoodSpec | None = None
     if type(likelihood) is str and likelihood in SPECS:
         spec_of_likelihood = likelihood
-    else:
+    elif not isinstance(likelihood, CountLikelihood):
         resolved = resolve_likelihood(likelihood, recon, target, mask, inplace=inplace)
         recon, target, spec_of_likelihood, log_scale, sample_log_scale = resolved
     if type(beta) is not float or not beta >= 0:
@@ -263,7 +280,7 @@ def vae_loss(
     if type(recon_weight) is not float or not recon_weight >= 0:
         recon_weight, recon_weights = _checks.recon_weight(recon_weight, recon)
     if extra is not None:
-        extra, extra_map = _extra(extra, recon, log_scale)
+        extra, extra_map = extra_errors(extra, recon, log_scale)
     if logvar_clamp is not None:
         logvar_clamp = _checks.logvar_clamp(logvar_clamp)
     # in the order of LossSpec, ElboTensors and ElboNumbers
@@ -273,15 +290,10 @@ def vae_loss(
     of_samples = kl, weight, extra, sample_log_scale, betas, recon_weights
     tensors = (*images, mu, logvar, prior_mu, prior_logvar, mask, kl_mask, *of_samples)
     numbers = beta, recon_weight, capacity_nats
+    if isinstance(likelihood, CountLikelihood):
+        if kl is None:
+            _checks.posterior(recon, mu, logvar)
+        return VAELossTerms(*elbo_of_counts(likelihood, likelihood_args, tensors, numbers, spec))
     if needs_batch_terms(spec):
         return VAELossTerms(*elbo_with_batch_terms(tensors, numbers, spec))
     return VAELossTerms(*elbo(tensors, numbers, spec))
-
-
-def _extra(extra: Tensor, recon: Tensor, log_scale: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """([B], None), or (None, a map in the shape of recon): always a map where each element has a scale of its own."""
-    of_samples, of_elements = _checks.per_sample_or_element("extra", extra, recon)
-    if of_samples is None or log_scale is None:
-        return of_samples, of_elements
-    wide = of_samples.to(compute_dtype(of_samples))  # its gradient is a sum, which is rounded once
-    return None, wide.reshape(-1, *[1] * (recon.ndim - 1)).expand(recon.shape)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import _checks
 from ._dtypes import compute_dtype
+from .likelihood_counts import CountLikelihood, checked_counts
 from .likelihoods import Elementwise, Likelihood, resolve
 
 MOST_OF_SCALED = 16.0  # images of floats that reach further were not divided by 255
@@ -54,6 +55,7 @@ def check_inputs(
     - Values that are NaN or infinite, of each tensor.
     - Values out of range: targets outside of [0, 1] under a Bernoulli likelihood or a likelihood of sigmoid(recon),
       reconstructions outside of [0, 1] where they are probabilities. A uint8 target is scaled first.
+    - Under a likelihood of counts: negative targets are out of range, and targets that are no whole numbers suspicious.
     - Suspicious values: reconstructions that all lie in [0, 1] where they are logits, as if a sigmoid had been applied
       already; targets from 0 to at most 255 that were not divided by 255.
 
@@ -72,10 +74,15 @@ def check_inputs(
         >>> report = fastvae.check_inputs(recon, target, mu, logvar, likelihood="bernoulli")
         >>> assert report.ok, str(report)
     """
-    _checks.images(recon, target)
-    base = resolve(likelihood).base
-    if target.dtype == torch.uint8:
-        target = target.to(compute_dtype(recon)) * base.target_scale + base.target_shift
+    resolved = resolve(likelihood)
+    base = resolved if isinstance(resolved, CountLikelihood) else resolved.base
+    if isinstance(base, CountLikelihood):
+        counts = checked_counts(target, recon)
+        target = (counts if counts.layout == torch.strided else counts.values()).to(torch.float64)
+    else:
+        _checks.images(recon, target)
+        if target.dtype == torch.uint8:
+            target = target.to(compute_dtype(recon)) * base.target_scale + base.target_shift
     given = {"recon": recon, "target": target}
     for name, tensor in (("mu", mu), ("logvar", logvar)):
         if tensor is not None:
@@ -89,7 +96,10 @@ def check_inputs(
         for name, found in values.items()
         if found.nonfinite
     ]
-    out_of_range, suspicious, more = _judge(values["recon"], values["target"], base)
+    if isinstance(base, CountLikelihood):
+        out_of_range, suspicious, more = _judge_counts(values["target"], target)
+    else:
+        out_of_range, suspicious, more = _judge(values["recon"], values["target"], base)
     return InputReport(nonfinite, out_of_range, suspicious, (*warnings, *more))
 
 
@@ -115,6 +125,23 @@ class _Values:
         least = values.masked_fill(~finite, torch.inf).amin()
         largest = values.masked_fill(~finite, -torch.inf).amax()
         return cls(values.numel(), *counts, *torch.stack([least, largest]).tolist())
+
+
+def _judge_counts(target: _Values, counts: Tensor) -> tuple[dict[str, int], dict[str, int], list[str]]:
+    """As `_judge`."""
+    fractions = int(torch.count_nonzero(counts.isfinite() & (counts != counts.floor())))
+    warnings = []
+    if target.below:
+        warnings.append(
+            f"target has {target.below} of {target.size} negative values, from {target.least:g}, which are no counts. "
+            "Their rows make the loss NaN: set them to 0 or mask them."
+        )
+    if fractions:
+        warnings.append(
+            f"target has {fractions} of {target.size} values that are no whole numbers. Likelihoods of counts take raw "
+            "counts, neither normalized nor log-transformed."
+        )
+    return {"recon": 0, "target": target.below}, {"recon": 0, "target": fractions}, warnings
 
 
 def _judge(recon: _Values, target: _Values, base: Elementwise) -> tuple[dict[str, int], dict[str, int], list[str]]:

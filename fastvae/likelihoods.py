@@ -21,6 +21,10 @@ from ._likelihood_base import BYTE_SCALE
 from ._likelihood_base import Elementwise as Elementwise
 from ._likelihood_base import LikelihoodSpec as LikelihoodSpec
 from ._modules import KeepsPrecision
+from .likelihood_counts import CountLikelihood as CountLikelihood
+from .likelihood_counts import Multinomial as Multinomial
+from .likelihood_counts import NegativeBinomial as NegativeBinomial
+from .likelihood_counts import Poisson as Poisson
 from .reference import compute_dtype, soft_lower_bound
 
 
@@ -143,7 +147,7 @@ class Scaled(_WithScale):
         return f"base={self.base}, log_scale={_shown(self.log_scale)}"
 
 
-Likelihood = Elementwise | Gaussian | Scaled | Callable[[Tensor, Tensor], Tensor]
+Likelihood = Elementwise | Gaussian | Scaled | CountLikelihood | Callable[[Tensor, Tensor], Tensor]
 
 # names of other libraries
 SYNONYMS = {
@@ -179,6 +183,7 @@ def resolve_likelihood(
         ValueError, TypeError: unknown name; no likelihood; a scale that does not fit; a function that does not.
     """
     likelihood = resolve(likelihood)
+    assert not isinstance(likelihood, CountLikelihood)  # which have an op of their own
     spec = likelihood.spec
     if isinstance(likelihood.base, Custom):
         if inplace:
@@ -210,7 +215,16 @@ def resolve_likelihood(
     return Resolved(recon, target, spec, log_scale)
 
 
-def resolve(likelihood: str | Likelihood) -> Elementwise | Gaussian | Scaled:
+def extra_errors(extra: Tensor, recon: Tensor, log_scale: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """([B], None), or (None, a map in the shape of recon): always a map where each element has a scale of its own."""
+    of_samples, of_elements = _checks.per_sample_or_element("extra", extra, recon)
+    if of_samples is None or log_scale is None:
+        return of_samples, of_elements
+    wide = of_samples.to(compute_dtype(of_samples))  # its gradient is a sum, which is rounded once
+    return None, wide.reshape(-1, *[1] * (recon.ndim - 1)).expand(recon.shape)
+
+
+def resolve(likelihood: str | Likelihood) -> Elementwise | Gaussian | Scaled | CountLikelihood:
     """The likelihood of this name, the object itself, or `Custom` of a function.
 
     Raises:
@@ -219,7 +233,7 @@ def resolve(likelihood: str | Likelihood) -> Elementwise | Gaussian | Scaled:
     if isinstance(likelihood, str):
         _checks.choice("likelihood", likelihood, NAMED, SYNONYMS)
         return NAMED[likelihood]
-    if isinstance(likelihood, Elementwise | Gaussian | Scaled):
+    if isinstance(likelihood, Elementwise | Gaussian | Scaled | CountLikelihood):
         return likelihood
     if isinstance(likelihood, type):
         raise TypeError(

@@ -1,6 +1,7 @@
 """The loss as a module: one line changed in existing training code."""
 
 import inspect
+from collections.abc import Mapping
 from typing import Any, NoReturn, Self
 
 from torch import Tensor, nn
@@ -75,6 +76,8 @@ class VAELoss(KeepsPrecision):
         super().__init__()
         resolved = likelihoods.resolve(likelihood)
         reductions = _checks.reductions(reduction, recon_reduction, kl_reduction)
+        if isinstance(resolved, likelihoods.CountLikelihood):
+            _checks.count_options(None, inplace)
         _checks.regularizers(free_bits, FreeBits, capacity, Capacity)
         _checks.defined(free_bits, None if capacity is None else capacity.mode, resolved.mask_normalize, reductions)
         self._hold("beta", beta)
@@ -139,6 +142,7 @@ class VAELoss(KeepsPrecision):
         mask: Tensor | None = None,
         kl_mask: Tensor | None = None,
         extra: Tensor | None = None,
+        likelihood_args: Mapping[str, Tensor | None] | None = None,
     ) -> Tensor | VAELossTerms:
         """The scalar to call `.backward()` on, or `VAELossTerms`; arguments as in `vae_loss`.
 
@@ -155,6 +159,7 @@ class VAELoss(KeepsPrecision):
                 "mask": mask,
                 "kl_mask": kl_mask,
                 "extra": extra,
+                "likelihood_args": likelihood_args,
             }
             tracer: Any = first.tracer
             node: Tensor = tracer.create_proxy(
@@ -185,6 +190,7 @@ class VAELoss(KeepsPrecision):
             extra=extra,
             one_pass=self.one_pass,
             inplace=self.inplace,
+            likelihood_args=likelihood_args,
         )
         return terms if self.return_terms else terms.loss
 

@@ -57,15 +57,19 @@ def per_sample(elements: Tensor) -> Tensor:
     return elements.flatten(1).sum(1) if elements.ndim > 1 else elements
 
 
-def reparameterize_kl(mu: Tensor, logvar: Tensor, noise: Tensor, bounds: Clamp | None = None) -> tuple[Tensor, Tensor]:
-    """z = mu + exp(logvar / 2) * noise, and the KL of each sample."""
+def reparameterize_kl(
+    mu: Tensor, logvar: Tensor, noise: Tensor, bounds: Clamp | None = None, *prior: Tensor
+) -> tuple[Tensor, Tensor]:
+    """z = mu + exp(logvar / 2) * noise, and the KL of each sample; prior: its mu and logvar."""
     dtype = compute_dtype(mu, logvar)
     sigma = torch.exp(0.5 * clamp(logvar.to(dtype), bounds))
     z = mu.to(dtype) + sigma * noise.to(dtype)
-    return z.to(torch.promote_types(mu.dtype, logvar.dtype)), per_sample(gaussian_kl(mu, logvar, bounds))
+    return z.to(torch.promote_types(mu.dtype, logvar.dtype)), per_sample(gaussian_kl(mu, logvar, bounds, *prior))
 
 
-def resample_kl(mu: Tensor, logvar: Tensor, scaled_noise: Tensor, bounds: Clamp | None = None) -> tuple[Tensor, Tensor]:
+def resample_kl(
+    mu: Tensor, logvar: Tensor, scaled_noise: Tensor, bounds: Clamp | None = None, *prior: Tensor
+) -> tuple[Tensor, Tensor]:
     """`reparameterize_kl` around a sample already drawn, given `scaled_noise` = sigma * noise there; differentiable
     again and again.
 
@@ -76,7 +80,7 @@ def resample_kl(mu: Tensor, logvar: Tensor, scaled_noise: Tensor, bounds: Clamp 
     # converted once for both results, so that a 16-bit gradient is rounded once
     mu, logvar = mu.to(dtype), clamp(logvar.to(dtype), bounds)
     z = mu + scaled_noise * torch.exp(0.5 * (logvar - logvar.detach()))
-    return z.to(stored), per_sample(gaussian_kl(mu, logvar))
+    return z.to(stored), per_sample(gaussian_kl(mu, logvar, None, *prior))
 
 
 def error(recon: Tensor, target: Tensor, options: ErrorOptions) -> Tensor:
@@ -203,7 +207,7 @@ def combine(
             of_selected = _of_selected(weight, n_selected, tensors)
             recon, weighed_recon = _both(lambda t: t * of_selected, recon, weighed_recon)
         if not options.per_sample:
-            factor = _normalizer(n_selected, options)
+            factor = recon_normalizer(n_selected, options)
             recon, weighed_recon = _both(lambda t: t.sum() * factor, recon, weighed_recon)
 
     term = regularized_term = zero
@@ -264,7 +268,7 @@ def soft_lower_bound(log_scale: Tensor, softclip: float | None) -> Tensor:
     return 2 * (softclip + F.softplus(log_scale / 2 - softclip))
 
 
-def _normalizer(n_selected: float | Tensor, options: ElboOptions) -> float | Tensor:
+def recon_normalizer(n_selected: float | Tensor, options: ElboOptions) -> float | Tensor:
     if not options.mask_normalize:
         return options.recon_normalizer
     assert isinstance(n_selected, Tensor)  # there is a mask

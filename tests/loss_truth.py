@@ -79,7 +79,7 @@ def vae_loss(
         term / divisor if reduction == "none" else term.sum() / divisor for term in (by_sample, weighed_by_sample)
     )
 
-    k = _kl(mu, logvar, prior, logvar_clamp) if kl is None else kl
+    k = kl_elements(mu, logvar, prior, logvar_clamp) if kl is None else kl
     raw = (k if kl is not None else oracle.per_sample(k)) * weight
     divisors |= {"mean": batch * (n_latents or 1)}
     kl_term = raw if reduction == "none" else raw.sum() / divisors[reduction]
@@ -109,7 +109,7 @@ def regularised_nats(k, weight, free_bits, capacity):
     return (value.mean() - limit).abs() if of == "batch" else value
 
 
-def _kl(mu, logvar, prior, bounds):
+def kl_elements(mu, logvar, prior, bounds):
     logvar = oracle.clamp(logvar, bounds)
     mu_p, logvar_p = prior or (torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64))
     return 0.5 * (((mu - mu_p) ** 2 + logvar.exp()) / logvar_p.exp() - 1 - (logvar - logvar_p))

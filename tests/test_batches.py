@@ -3,8 +3,7 @@
 import torch
 from torch.utils.data import Subset
 
-from fastvae.data import ArrayImages
-from fastvae.training import batches
+from fastvae.data import ArrayImages, batches
 
 
 def test_images_in_memory_come_as_loaded_ones_do():
@@ -21,3 +20,14 @@ def test_images_in_memory_come_as_loaded_ones_do():
     for ours, theirs in zip(found, loaded, strict=True):
         assert torch.equal(ours, theirs)
     assert torch.equal(found[0][1], images[1])
+
+
+def test_half_of_the_images_are_mirrored_whichever_process_has_them():
+    images = torch.arange(1000 * 6).reshape(1000, 1, 2, 3)
+    whole = batches.mirrored(images, seed=3, step=5, first=0)
+    flips = (whole == images.flip(3)).all(dim=(1, 2, 3))
+    assert torch.equal(whole[~flips], images[~flips])
+    assert 430 < int(flips.sum()) < 570
+    assert torch.equal(batches.mirrored(images[600:], seed=3, step=5, first=600), whole[600:])
+    for other in ({"seed": 3, "step": 6}, {"seed": 4, "step": 5}):
+        assert not torch.equal(batches.mirrored(images, **other, first=0), whole)

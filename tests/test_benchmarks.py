@@ -90,7 +90,7 @@ def test_every_option_is_in_the_table():
     assert set(LOSSES) >= {*NAMED, *modes}
     arguments = set(inspect.signature(fastvae.vae_loss).parameters)
     elsewhere = {"recon", "target", "mu", "logvar", "kl", "likelihood", "reduction", "recon_reduction", "kl_reduction"}
-    elsewhere |= {"recon_weight", "one_pass", "inplace", "free_bits", "capacity"}
+    elsewhere |= {"recon_weight", "one_pass", "inplace", "free_bits", "capacity", "likelihood_args"}
     assert set(LOSSES) >= arguments - elsewhere
 
 

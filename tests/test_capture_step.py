@@ -213,25 +213,35 @@ def test_a_loss_that_is_not_finite_is_counted_on_the_device():
     assert int(step.nonfinite) == 2
 
 
+@pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("replayed", [False, True])
-def test_a_function_instead_of_a_model(request, replayed):
+def test_a_function_instead_of_a_model(request, replayed, parts):
     if replayed:
         request.getfixturevalue("graphs")
     loop, captured = Training(), Training()
 
-    def loss_of(images):
-        out = captured.model(images, seed=captured.noise.seed)
+    def loss_of(training, images):
+        out = training.model(images, seed=training.noise.seed)
         return fastvae.vae_loss(out.recon, images, kl=out.kl, beta=0.1).loss
 
-    step = fastvae.capture_step(loss_of, None, captured.optimizer, captured.images[0], noise=captured.noise)
+    step = fastvae.capture_step(
+        lambda images: loss_of(captured, images),
+        None,
+        captured.optimizer,
+        captured.images[0],
+        noise=captured.noise,
+        accumulate=parts,
+    )
     for images in loop.images:
-        out = loop.model(images, seed=loop.noise.seed)
-        loss = fastvae.vae_loss(out.recon, images, kl=out.kl, beta=0.1).loss
+        losses = []
         loop.optimizer.zero_grad()
-        loss.backward()
+        for part in images.chunk(parts):
+            loss = loss_of(loop, part)
+            (loss / parts).backward()
+            loop.noise.advance()
+            losses.append(loss.detach())
         loop.optimizer.step()
-        loop.noise.advance()
-        assert torch.equal(step(images), loss)
+        assert torch.equal(step(images), torch.stack(losses).mean())
 
 
 def test_why_it_runs_eagerly(monkeypatch):

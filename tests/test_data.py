@@ -201,15 +201,25 @@ def test_floats_are_rounded_to_255ths(tmp_path, dtype, monkeypatch):
     assert np.array_equal(stacked(load(str(tmp_path / "x.npy")))[:, 0], levels)
 
 
-def test_arrays_resize_as_pillow_does(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("size", "box"),
+    [
+        ((9, 24), (0, 4, 30, 15)),
+        ((20, 8), (11, 0, 19, 20)),
+        ((10, 15), (0, 0, 30, 20)),
+        ((16, 8), (10, 0, 20, 20)),
+    ],
+)
+def test_arrays_are_cropped_and_resized_as_pillow_does(size, box, tmp_path, monkeypatch):
     image = pytest.importorskip("PIL.Image", reason="Pillow is the standard here")
     monkeypatch.setattr("fastvae.data.arrays.CHUNK_BYTES", 2000)
-    images = random_images(5, 20, 30, 3)
+    images = random_images(5, 20, 30, 3) // 2 + 64  # nothing that Pillow clips between the two directions
     np.save(tmp_path / "x.npy", images)
-    dataset = load(str(tmp_path / "x.npy"), image_size=(9, 40))
-    assert dataset.shape == (3, 9, 40)
+    dataset = load(str(tmp_path / "x.npy"), image_size=size)
+    assert dataset.shape == (3, *size)
     for ours, pixels in zip(dataset, images, strict=True):
-        theirs = np.array(image.fromarray(pixels).resize((40, 9), image.Resampling.BICUBIC)).transpose(2, 0, 1)
+        theirs = image.fromarray(pixels).crop(box).resize(size[::-1], image.Resampling.BICUBIC)
+        theirs = np.array(theirs).transpose(2, 0, 1)
         assert np.abs(ours.numpy().astype(int) - theirs).max() <= 2  # Pillow rounds between the two directions
 
 

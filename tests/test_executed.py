@@ -79,6 +79,8 @@ def truth(case, drawn):
         return inputs, [loss]
     mu, logvar = given["mu"], given["logvar"]
     kl = oracle.kl(mu, logvar, bounds)
+    if "prior" in case.options:
+        kl = loss_truth.kl_elements(mu, logvar, tuple(doubles[t] for t in call.planes), bounds)
     if case.op == "kl":
         return inputs, [oracle.reduce(kl, "batchmean")]
     return inputs, [oracle.sample(mu, logvar, drawn, bounds), oracle.per_sample(kl)][: 1 + (case.op == "sample_kl")]

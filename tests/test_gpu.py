@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import fastvae
+from fastvae.models import VAE, VAEConfig
 
 from . import oracle
 from .oracle import DTYPES, assert_near
@@ -289,3 +290,58 @@ def test_kl_does_not_cancel_near_the_prior():
     truth = float(oracle.kl(mu.double(), mu.double()).sum())
     assert abs(float(fastvae.gaussian_kl(mu, mu)) - truth) < 1e-5 * truth
     assert abs(float(fastvae.reparameterize_kl(mu, mu, seed=0)[1]) - truth) < 1e-5 * truth
+
+
+def captured_training(seed, **options):
+    """A step, captured if `options` do not say otherwise, and all that it trains."""
+    torch.manual_seed(seed)
+    model = VAE(VAEConfig(image_size=(28, 28), channels=1, backbone="mlp", hidden=64)).to(DEVICE)
+    beta = fastvae.schedules.Linear(0.1, 1.0, steps=50).to(DEVICE)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, capturable=True)
+    images = torch.rand(64, 1, 28, 28, device=DEVICE)
+    step = fastvae.capture_step(
+        model,
+        fastvae.VAELoss(beta=beta, return_terms=True),
+        optimizer,
+        images,
+        noise=fastvae.NoiseState(seed).to(DEVICE),
+        clip_norm=1.0,
+        lr_schedule=lambda step: 1e-3 * torch.exp(-0.01 * step),
+        **options,
+    )
+    return step, model, images
+
+
+def test_replays_equal_eager_steps_for_100_steps():
+    (captured, model, images), (eager, other, _) = captured_training(0), captured_training(0)
+    assert captured.captured, captured.reason
+    eager.undo()
+    for group in eager._optimizer.param_groups:  # the eager step computes with the same learning-rate tensor
+        group["lr"] = torch.tensor(1e-3, dtype=torch.float64, device=DEVICE)
+        group["capturable"] = True
+    for i in range(100):
+        batch = images.roll(i, 0)
+        assert torch.equal(captured(batch).loss, eager(batch).loss), f"step {i}"
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert int(captured.steps) == 100
+    assert int(captured.nonfinite) == 0
+
+
+def test_two_captured_steps_side_by_side():
+    (first, _, images), (second, _, _), (alone, _, _) = (captured_training(seed) for seed in (0, 1, 0))
+    for i in range(20):
+        expected = alone(images.roll(i, 0)).loss.clone()
+        found = first(images.roll(i, 0)).loss.clone()
+        second(images)
+        assert torch.equal(found, expected)
+
+
+def test_a_captured_step_allocates_nothing():
+    step, _, images = captured_training(0)
+    step(images)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    for _ in range(5):
+        step(images)
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before

@@ -19,12 +19,13 @@ LAYERS = [
     {"evaluation"},
     {"models", "data", "loss", "distributions", "iwae", "capture"},
     {"functional", "statistics", "input_checks"},
+    {"_count_terms"},
     {"_batch_terms", "sampling", "presets"},
     {"ops"},
     {"likelihoods", "regularizers", "schedules", "parametrizations", "noise_state"},
     {"fallback", "fastvae_kernels"},
-    {"_seeds"},
-    {"reference", "_checks", "_backend", "_distributed", "_files", "_modules"},
+    {"_seeds", "likelihood_counts"},
+    {"reference", "reference_counts", "_checks", "_backend", "_distributed", "_files", "_modules"},
     {"_elementwise", "_argument_checks"},
     {"_custom"},
     {"_likelihood_base"},
@@ -37,7 +38,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 def layer_of(module: str) -> str:
     """fastvae.ops.elbo -> ops; fastvae_kernels.elbo -> fastvae_kernels."""
     parts = module.split(".")
-    if parts[:2] == ["fastvae_kernels", "types"]:
+    if parts[0] == "fastvae_kernels" and parts[1:2] in (["types"], ["count_types"]):
         return "types"  # the tuples that ops and backends exchange
     return parts[0] if parts[0] == "fastvae_kernels" else (parts[1] if len(parts) > 1 else "fastvae")
 
@@ -122,7 +123,8 @@ mu = torch.zeros(2, 3, requires_grad=True)
 z, kl = fastvae.reparameterize_kl(mu, mu, seed=1)
 fastvae.VAELoss()(z, torch.zeros(2, 3), kl=kl).backward()
 assert mu.grad is not None
-assert {m for m in sys.modules if m.startswith("fastvae_kernels.")} == {"fastvae_kernels.types"}
+assert {m for m in sys.modules if m.startswith("fastvae_kernels.")} == {
+    "fastvae_kernels.types", "fastvae_kernels.count_types"}
 """
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
 

@@ -59,6 +59,8 @@ def test_every_byte_is_moved_once(case):
     [  # bytes an element: what the documentation promises
         (Case("sample_kl", F32), 12, 20),
         (Case("sample_kl", BF16), 6, 10),
+        (Case("sample_kl", F32, options=("prior",)), 20, 36),
+        (Case("sample_kl", BF16, options=("prior",)), 10, 18),
         (Case("kl", F32), 8, 16),
         (Case("loss", F32), 12, 0),
         (Case("loss", F32, upstream=3), 12, 8),

@@ -55,7 +55,8 @@ def test_bernoulli_of_certain_probabilities_is_as_torch(backend):
 @pytest.mark.parametrize("target", [0.0, 0.3, 1.0])
 def test_bernoulli_of_probabilities_of_every_magnitude(backend, target):
     small = 2.0 ** torch.arange(-149, 0, dtype=F64)
-    exact = torch.cat([small, 1.4 * small[30:], 1 - small[125:], 1 - 1.4 * small[126:-1]]).float().double()
+    zeros, near_one = torch.tensor([-0.0, 0.0]), torch.cat([small[125:], 1.4 * small[126:-1]])
+    exact = torch.cat([zeros, small, 1.4 * small[30:], 1 - near_one]).float().double()
     value, _ = value_and_gradient(exact.float(), torch.full(exact.shape, target), "bernoulli_probs")
     target = torch.full(exact.shape, target).double()
     expected = -(target * exact.log().clamp(min=-100) + (1 - target) * (-exact).log1p())

@@ -394,3 +394,20 @@ def test_no_option_is_ignored(name):
     before = torch.autograd.grad(without.loss, asked)
     assert all(gradient.any() for gradient in found)
     assert inputs.options or not all(torch.allclose(a, b) for a, b in zip(found, before, strict=True))
+
+
+@pytest.mark.parametrize("likelihood", NAMED)
+def test_the_forward_pass_writes_the_gradient(backend, likelihood):
+    """After it, nobody looks at the images again: to change them behind autograd's back has no effect."""
+
+    def gradient(change, **options):
+        recon, target = torch.full((3, 40), 0.3, requires_grad=True), torch.full((3, 40), 0.8)
+        loss = fastvae.vae_loss(recon, target, kl=torch.ones(3), likelihood=likelihood, **options).loss
+        if change:
+            target.data.fill_(0.1)
+        (found,) = torch.autograd.grad(loss, recon)
+        return found
+
+    right = gradient(change=False)
+    assert torch.equal(gradient(change=True), right)
+    assert not torch.allclose(gradient(change=True, one_pass=False), right)

@@ -205,7 +205,7 @@ def test_interrupted_save_leaves_a_loadable_model(tmp_path, monkeypatch, failing
         with pytest.raises(OSError, match="disk full"):
             new.save_pretrained(tmp_path)
     assert len(replaced) == failing_write
-    assert same_state(VAE.from_pretrained(tmp_path), old if failing_write == 1 else new)
+    assert same_state(VAE.from_pretrained(tmp_path), old)  # the weights are written last
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 
 

@@ -4,6 +4,7 @@ A failure prints the smallest problem that Hypothesis found, and a line that rep
 """
 
 import math
+import os
 from dataclasses import dataclass
 
 import torch
@@ -23,10 +24,13 @@ FALLBACK, KERNELS = 1400, 100  # examples of a test; interpreted kernels take th
 SAMPLING_FALLBACK, SAMPLING_KERNELS = 500, 60
 
 
+RANDOM = os.environ.get("RANDOM_EXAMPLES") == "1"  # other examples each time: by hand, not in CI
+
+
 def examples(n):
     return settings(
         max_examples=n,
-        derandomize=False,
+        derandomize=not RANDOM,
         print_blob=True,
         deadline=None,
         database=None,

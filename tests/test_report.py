@@ -38,6 +38,7 @@ def run(tmp_path_factory):
     data.parent.mkdir()
     np.save(data, images)
     options = {"backbone": "mlp", "hidden": 16, "latent_dim": 5, "device": "cpu", "log_every": 2}
+    options |= {"likelihood": "l2", "beta": 1.0}
     return train(TrainConfig(str(data), folder / "run", epochs=EPOCHS, batch_size=8, **options)).run
 
 

@@ -246,6 +246,20 @@ def test_loading_in_other_processes_changes_nothing(config, whole_run):
     assert_same_run(config.out, whole_run)
 
 
+def test_mirrored_images_are_the_same_after_a_continuation(config, whole_run, tmp_path):
+    config = replace(config, flip=True)
+    run = train(config).run
+    assert metrics_of(run) != metrics_of(whole_run)
+
+    def stop(event):
+        if isinstance(event, Logged) and event.record["step"] == 8:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(TrainingInterrupted):
+        train(replace(config, out=tmp_path / "parts"), on_event=stop)
+    assert_same_run(train(TrainConfig.from_run(tmp_path / "parts")).run, run)
+
+
 def test_another_seed_gives_other_weights_on_the_same_images(config, whole_run):
     train(replace(config, seed=1))
     assert not torch.equal(*(state_of(run)["objective"]["model.encoder.1.weight"] for run in (config.out, whole_run)))
@@ -443,9 +457,8 @@ def test_evaluation_against_the_formulas_in_float64(batch_size):
 
 def test_active_units_are_those_of_latent_stats():
     """Unbiased, from 0.01 on: two means 0.142 apart have a variance of 0.0101, or a biased one of half of that."""
-    kl = torch.zeros(3)
     for mu in (torch.tensor([[0.0, 0.0, 5.0], [0.142, 0.1, 5.142]]), torch.tensor([[0.3, 0.1, 0.2]])):
-        active = Latents(mu, kl).active
+        active = Latents(mu, torch.zeros_like(mu)).active
         assert active.tolist() == [len(mu) > 1, False, len(mu) > 1]
         assert active.sum() == fastvae.latent_stats(mu, mu).active
 

@@ -19,9 +19,8 @@ HELP = f"""Train a VAE on images and show what it learnt.
 Leaves a run folder with weights, metrics, a checkpoint, pictures and a report. Ctrl-C stops it after a last checkpoint;
 --resume goes on from there as if nothing had happened.
 
-It minimises recon_weight * reconstruction + beta * KL. The default is a Gaussian decoder of log variance -4.25 with
-beta 8; with --likelihood, beta is 1: the negative ELBO. Both terms are reported in nats per image, whatever their
-weights and reductions.
+It minimises recon_weight * reconstruction + beta * KL, by default the negative ELBO. Both terms are reported in nats
+per image, whatever their weights and reductions.
 
 Likelihoods: gaussian learns one variance, gaussian_fixed keeps it, gaussian_optimal uses the best one of each batch;
 scaled_l1 and scaled_l2 learn a scale. With bernoulli, bernoulli_probs, l2_logits and l1_logits the decoder returns
@@ -40,7 +39,7 @@ Examples:
 """
 
 GROUPS = {
-    "data": "data image_size strict validation",
+    "data": "data image_size flip strict validation",
     "model": "backbone latent_dim width residual hidden latent_channels",
     "loss": " ".join(field.name for field in fields(LossConfig)),
     "optimisation": "epochs batch_size learning_rate warmup_steps weight_decay clip_norm ema seed",

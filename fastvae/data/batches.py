@@ -88,6 +88,19 @@ def batches_of(images: Tensor, order: Sequence[Sequence[int]], rows: Tensor | No
         yield images.index_select(0, batch)
 
 
+def mirrored(images: Tensor, *, seed: int, step: int, first: int) -> Tensor:
+    """A batch of a training step, half of whose images are mirrored left to right.
+
+    Args:
+        images: [b, C, H, W].
+        seed: With the step and an image's place in the whole batch it decides which.
+        step: Updates done.
+        first: Place of the first image in the whole batch, which several processes may share.
+    """
+    drawn = np.random.default_rng([seed, step, 1]).random(first + len(images))[first:] < 0.5
+    return torch.where(torch.from_numpy(drawn).to(images.device)[:, None, None, None], images.flip(3), images)
+
+
 def all_batches(
     dataset: Dataset[Any], batch_size: int, *, workers: int = 0, device: torch.device | None = None
 ) -> Iterable[Tensor]:

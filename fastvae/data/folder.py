@@ -26,7 +26,8 @@ class FolderImages(EncodedImages):
 
     Args:
         root: The folder.
-        image_size: (H, W) to resize to, antialiased bicubic, aspect ratio not kept; None: sizes must agree.
+        image_size: (H, W) to resize to, antialiased bicubic, cropped at the centre where the aspect ratio differs;
+            None: sizes must agree.
         strict: Whether a damaged file or a folder that cannot be listed is an error: headers are checked here, and a
             file damaged further in is named when it is decoded. If not, every file is decoded once here, and those
             that cannot be are left out.

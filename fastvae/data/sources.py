@@ -36,7 +36,8 @@ def load(source: str | Path, *, image_size: tuple[int, int] | None = None, stric
 
     Args:
         source: As in the table; `~` is the home directory.
-        image_size: (height, width) to resize every image to, antialiased, aspect ratio not kept; None: as they are.
+        image_size: (height, width) to resize every image to, antialiased, cropped at the centre where its aspect ratio
+            differs; None: as they are.
         strict: Whether a damaged image in a folder or a Hugging Face data set is an error; if not, it is left out and
             listed in `.skipped`.
 

@@ -73,12 +73,13 @@ def bits_per_dim(nll: float, dimensions: int, *, discrete: bool = False) -> floa
     return nll / (dimensions * math.log(2)) + (0.0 if discrete else 8.0)
 
 
-def of_means(likelihood: Elementwise) -> Elementwise:
+def of_means(likelihood: Likelihood) -> Elementwise:
     """The same error of an image's mean instead of its logits."""
     if isinstance(likelihood, Bernoulli):
         return BernoulliProbs()
     if isinstance(likelihood, L1 | L2):
         return replace(likelihood, from_logits=False)
+    assert isinstance(likelihood, Elementwise)
     return likelihood
 
 

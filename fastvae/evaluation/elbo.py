@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
@@ -44,15 +45,25 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Latents:
-    """Posteriors of a set of images."""
+    """Posteriors of a set of images, as mean and log variance; each [images, latent_dim]."""
 
-    mu: Tensor  # [images, latent_dim]
-    kl_per_dim: Tensor  # [latent_dim], nats, mean over the images
+    mu: Tensor
+    logvar: Tensor
+
+    @cached_property
+    def stats(self) -> fastvae.LatentStats:
+        """KL and variance of each dimension over the images."""
+        return fastvae.latent_stats(self.mu, self.logvar)
+
+    @property
+    def kl_per_dim(self) -> Tensor:
+        """[latent_dim], nats, mean over the images."""
+        return self.stats.kl
 
     @property
     def active(self) -> Tensor:
-        """Which dimensions carry information, as `fastvae.latent_stats` counts them; [latent_dim] bool."""
-        return fastvae.latent_stats(self.mu, torch.zeros_like(self.mu)).variance >= ACTIVE_VARIANCE
+        """Which dimensions `fastvae.latent_stats` counts as active; [latent_dim] bool."""
+        return self.stats.variance >= ACTIVE_VARIANCE
 
 
 class Scores(NamedTuple):
@@ -96,8 +107,7 @@ def evaluate(
     )
     own = world.shard_range(len(dataset))  # type: ignore[arg-type]
     place = own.start
-    means = [torch.empty(0, latent_dim)]
-    kl_per_dim = torch.zeros(latent_dim)
+    posteriors = [torch.empty(0, 2, latent_dim)]
     with evaluation_mode(objective):
         for batch in all_batches(Subset(dataset, own), batch_size, workers=workers, device=device):
             images = batch.to(device, non_blocking=True)
@@ -107,19 +117,16 @@ def evaluate(
             kl += terms.kl.item() * len(images)
             if has_optimal_scale(likelihood):
                 error += error_sum(likelihood.base, out.recon, images)
-            mu, logvar = (t.float().flatten(1) for t in (out.mu, out.logvar))
-            means.append(mu.cpu())
-            kl_per_dim = kl_per_dim + kl_elements(mu, logvar).sum(dim=0).cpu()
+            posteriors.append(torch.stack([out.mu, out.logvar], dim=1).float().flatten(2).cpu())
             place += len(images)
     sums = torch.tensor([loss, recon, kl, error, place - own.start], dtype=torch.float64)
     loss, recon, kl, error, n_images = world.sum(sums).tolist()
     n_images = int(n_images)
-    kl_per_dim = world.sum(kl_per_dim)
     log_scale = None
     if has_optimal_scale(likelihood):
         log_scale = best_log_scale(error, n_images * dimensions)
         recon = nats_at_scale(likelihood, log_scale, error, n_images * dimensions)
-    latents = Latents(world.all_gather(torch.cat(means)), kl_per_dim / n_images)
+    latents = Latents(*world.all_gather(torch.cat(posteriors)).unbind(1))
     nats = recon / n_images + kl / n_images
     evaluation = Evaluation(
         images=n_images,
@@ -127,7 +134,7 @@ def evaluate(
         recon=recon / n_images,
         kl=kl / n_images,
         bits_per_dim=Density.of(likelihood).bits_per_dim(nats, dimensions),
-        active_units=int(latents.active.sum()),
+        active_units=int(latents.stats.active),
         latent_dim=latent_dim,
     )
     return Scores(evaluation, latents, loss / n_images, log_scale)
@@ -142,11 +149,6 @@ def evaluation_mode(objective: Objective) -> Iterator[None]:
         yield
     finally:
         objective.train(was_training)
-
-
-def kl_elements(mu: Tensor, logvar: Tensor) -> Tensor:
-    """KL of each latent element from N(0, 1), in nats: (mu^2 + expm1(logvar) - logvar) / 2."""
-    return 0.5 * (mu.square() + (torch.expm1(logvar) - logvar))
 
 
 def baseline_nats(

@@ -19,7 +19,8 @@ from fastvae_kernels.types import (
 
 from .. import reference
 from .._dtypes import in_dtype
-from .gaussian import kl_gradients, kl_terms, rows, sum_by_sample
+from .coefficients import host_value, per_row, rescale, scaled, scales_exactly, term_gradient
+from .gaussian import kl_gradients, kl_terms, sum_by_sample
 from .images import Coefficient, Images, sum_errors, sum_weighed_errors, write_gradients
 
 
@@ -84,7 +85,7 @@ def elbo_fwd(
     if plan.by_sample:
         return _elbo_fwd_by_sample(plan, tensors, ElboNumbers(*numbers), drecon, dlog_scale)
     # plain numbers wherever the host may read them: arithmetic on those costs nothing
-    beta, recon_weight = _value(numbers[0]), _value(numbers[1])
+    beta, recon_weight = host_value(numbers[0]), host_value(numbers[1])
     recon_term: Coefficient = 0.0
     kl_term: Coefficient = 0.0
     regularized: Coefficient | None = None
@@ -93,7 +94,7 @@ def elbo_fwd(
         weight = plan.recon_scale * _number(recon_weight) if drecon is not None else 0.0
         images = _images(tensors, ElboTensors(recon=drecon, log_scale=dlog_scale))
         errors = sum_errors(images, weight, options.error, per_sample=options.per_sample)
-        recon_term = _scaled(_value(errors), plan.recon_scale) + plan.recon_constant
+        recon_term = scaled(host_value(errors), plan.recon_scale) + plan.recon_constant
     kl = tensors.kl
     if kl is None and tensors.mu is not None:
         kl, raised = kl_terms(tensors, options, plan.dtype)
@@ -101,7 +102,7 @@ def elbo_fwd(
     if kl is not None:
         kl_term = _reduced(kl.to(plan.dtype), plan)
     weighed = kl_term if regularized is None else regularized
-    loss = _scaled(recon_term, recon_weight) + _scaled(weighed, beta)
+    loss = scaled(recon_term, recon_weight) + scaled(weighed, beta)
     loss, recon_term, kl_term = (_result(t, plan) for t in (loss, recon_term, kl_term))
     kl_term = kl_term.clone() if kl_term is tensors.kl else kl_term
     # the values of tensors may change before the backward pass
@@ -187,16 +188,16 @@ def elbo_bwd(
         # a gradient of the reconstruction term has no part in what the forward pass weighed and wrote
         held = held and (tensors.recon_weights is None or drecon_term is None)
         if held:
-            factor = _combine(dloss, 1.0, None if drecon_term is None else drecon_term / numbers[1])
+            factor = term_gradient(dloss, 1.0, None if drecon_term is None else drecon_term / numbers[1])
     else:
         beta, recon_weight = saved
-        of_error = _combine(dloss, recon_weight, drecon_term)
+        of_error = term_gradient(dloss, recon_weight, drecon_term)
         if held:
             factor = of_error / recon_weight
         of_error = of_error * plan.recon_scale
         has_free_bits = options.free_bits is not None
-        of_kl = _combine(None if has_free_bits else dloss, beta, dkl_term) * options.kl_normalizer
-        of_free_bits = _combine(dloss, beta, None) * options.kl_normalizer if has_free_bits else 0.0
+        of_kl = term_gradient(None if has_free_bits else dloss, beta, dkl_term) * options.kl_normalizer
+        of_free_bits = term_gradient(dloss, beta, None) * options.kl_normalizer if has_free_bits else 0.0
     coefficients = (of_error, 0.0) if tensors.weight_map is None else (of_weighed, of_error)
     _image_gradients(plan, tensors, gradients, coefficients, factor, held=held)
     if gradients.kl is not None:
@@ -204,7 +205,7 @@ def elbo_bwd(
         gradients.kl.copy_(of_kl) if isinstance(of_kl, Tensor) else gradients.kl.fill_(of_kl)
     if any(g is not None for g in gradients[4:8]):
         like = tensors.logvar if tensors.logvar is not None else tensors.mu
-        by_row = [_per_row(c, like) for c in (of_kl, of_free_bits)]
+        by_row = [per_row(c, like) for c in (of_kl, of_free_bits)]
         kl_gradients(tensors, gradients, by_row[0], by_row[1] if options.element_free_bits else None, options)
     return (*gradients[:_FIRST_SMALL], *small)
 
@@ -230,9 +231,9 @@ def _image_gradients(
     wanted = [g for g in gradients[:4] if g is not None]
     if not wanted:
         return
-    if held and (tensors.recon is None or _scales_exactly(wanted, factor)):
+    if held and (tensors.recon is None or scales_exactly(wanted, factor)):
         for gradient in wanted:
-            _rescale(gradient, factor)
+            rescale(gradient, factor)
     else:
         write_gradients(_images(tensors, gradients), coefficients[0], plan.options.error, coefficients[1])
 
@@ -245,7 +246,7 @@ def _error_factor(tensors: ElboTensors, options: ElboOptions, factor: Coefficien
     for weight in (tensors.weight, None if tensors.weight_map is not None else tensors.recon_weights):
         if weight is not None:
             factor = weight.to(compute_dtype(tensors.recon, weight)) * factor
-    return _value(factor)
+    return host_value(factor)
 
 
 def _images(tensors: ElboTensors, gradients: ElboTensors) -> Images:
@@ -257,7 +258,7 @@ def _images(tensors: ElboTensors, gradients: ElboTensors) -> Images:
 
 
 def _reduced(kl: Tensor, plan: ElboPlan) -> Coefficient:
-    return _scaled(kl if plan.options.per_sample else _value(kl.sum()), plan.options.kl_normalizer)
+    return scaled(kl if plan.options.per_sample else host_value(kl.sum()), plan.options.kl_normalizer)
 
 
 def _result(term: Coefficient, plan: ElboPlan) -> Tensor:
@@ -272,40 +273,3 @@ def _result(term: Coefficient, plan: ElboPlan) -> Tensor:
 def _number(weight: Coefficient) -> float:
     assert not isinstance(weight, Tensor)  # one pass is not right under a tensor
     return weight
-
-
-def _value(number: Coefficient) -> Coefficient:
-    """A float, where reading one waits for nothing: only a CPU tensor's value may steer the host."""
-    if isinstance(number, Tensor) and number.device.type == "cpu" and number.ndim == 0:
-        return number.item()
-    return number
-
-
-def _scaled(term: Coefficient, weight: Coefficient) -> Coefficient:
-    return term if isinstance(weight, float | int) and weight == 1 else term * weight
-
-
-def _combine(dloss: Tensor | None, weight: Coefficient, dterm: Tensor | None) -> Coefficient:
-    """d(outputs)/d(term) = weight * dloss + dterm."""
-    total: Coefficient = 0.0 if dterm is None else _value(dterm)
-    return total if dloss is None else _value(dloss) * _value(weight) + total
-
-
-def _per_row(coefficient: Coefficient, like: Tensor) -> Coefficient:
-    return rows(coefficient, like) if isinstance(coefficient, Tensor) and coefficient.ndim else coefficient
-
-
-def _scales_exactly(held: list[Tensor], factor: Coefficient) -> bool:
-    """Whether scaling the forward pass's gradients rounds no second time: a power of two moves the exponent alone."""
-    if all(t.element_size() > 2 for t in held):
-        return True
-    if isinstance(factor, Tensor):
-        return factor.device.type == "cpu" and bool((torch.frexp(factor)[0].abs_() == 0.5).all())
-    return math.frexp(factor)[0] in (0.0, 0.5, -0.5)
-
-
-def _rescale(drecon: Tensor, factor: Coefficient) -> None:
-    if isinstance(factor, Tensor) and factor.device.type == "cpu" and bool((factor == 1).all()):
-        return
-    if isinstance(factor, Tensor) or factor != 1:
-        drecon.mul_(_per_row(factor, drecon))

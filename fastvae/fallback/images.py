@@ -16,18 +16,15 @@ from .._dtypes import in_dtype
 from .._elementwise import ERRORS
 from .._likelihood_base import Piece
 from .._strides import is_dense
-from .gaussian import rows, sum_by_sample
+from .gaussian import rows
 from .hugepages import advise_huge_pages
+from .sums import ROW, UNSPLIT, norms, row_sums, sample_sums, sum_of_squares, total
 
 _PIECE = 1 << 18  # elements: a float32 piece and its squares fit the second-level cache
 
 _BUFFERED_PIECE = 1 << 17  # where several buffers of this size take part
 
 _MOST_THREADS = 16  # threads that enlarge a piece: pieces are temporary memory
-
-_ROW = 256
-
-_UNSPLIT = 1 << 14  # elements that torch.sum adds up in one thread
 
 Coefficient = float | Tensor
 
@@ -63,10 +60,10 @@ def sum_errors(images: Images, coefficient: Coefficient, options: ErrorOptions, 
         sums = _sum_squares(images, coefficient, options, per_sample=per_sample)
     else:
         filler = _Filler(images, coefficient, options)
-        add_up = _sample_sums if per_sample else _row_sums if images.recon.numel() > _UNSPLIT else torch.sum
+        add_up = sample_sums if per_sample else row_sums if images.recon.numel() > UNSPLIT else torch.sum
         sums = [add_up(filler.fill(piece)) for piece in _pieces(images, _BUFFERED_PIECE, per_sample=per_sample)]
         if sums and not per_sample:
-            return _total(sums)
+            return total(sums)
     if len(sums) == 1:
         return sums[0]
     if per_sample:
@@ -89,9 +86,9 @@ def _sum_squares(images: Images, coefficient: Coefficient, options: ErrorOptions
                 buffers.append(torch.empty_like(piece.recon, dtype=dtype))
         difference = _subtract(piece, options, piece.drecon if in_place else buffers[0], buffers[-1:])
         if per_sample:
-            sums.append(_sample_sums(torch.square(difference)))
+            sums.append(sample_sums(torch.square(difference)))
         else:
-            sums.append(_norms(difference) if by_rows else _sum_of_squares(difference))
+            sums.append(norms(difference) if by_rows else sum_of_squares(difference))
         if piece.drecon is not None:
             difference.mul_(coefficient * 2) if piece.coefficient is None else difference.mul_(piece.coefficient).mul_(
                 2
@@ -109,8 +106,8 @@ def sum_weighed_errors(images: Images, coefficient: Coefficient, options: ErrorO
     weighed: list[Tensor] = []
     for piece in _pieces(images, _BUFFERED_PIECE, per_sample=True):
         errors = filler.fill(piece)
-        sums.append(_sample_sums(errors))
-        weighed.append(_sample_sums(filler.weigh(piece, errors)))
+        sums.append(sample_sums(errors))
+        weighed.append(sample_sums(filler.weigh(piece, errors)))
     if not sums:
         nothing = images.recon.new_zeros(images.recon.shape[0], dtype=images.dtype)
         return nothing, nothing
@@ -157,7 +154,7 @@ def _pieces(images: Images, size: int, *, per_sample: bool) -> Iterator[Images]:
     given = [t for t in images if t is not None]
     if not per_sample and is_dense(recon) and all(t.stride() == recon.stride() for t in given):
         images = Images(*(None if t is None else t.as_strided((n,), (1,)) for t in images))  # type: ignore[arg-type]
-        step, stop = -(-n // (n_pieces * _ROW)) * _ROW, n
+        step, stop = -(-n // (n_pieces * ROW)) * ROW, n
     else:
         stop = recon.shape[0]
         step = -(-stop // n_pieces)
@@ -177,46 +174,6 @@ def _subtract(piece: Images, options: ErrorOptions, out: Tensor | None, spare: l
         return torch.sub(recon, target, out=out)
     torch.sub(recon, target, alpha=options.target_scale, out=out)
     return out.sub_(options.target_shift) if options.target_shift else out
-
-
-def _sum_of_squares(values: Tensor) -> Tensor:
-    """By the norms of short rows where there are whole ones: one pass and no squares to store.
-
-    A norm adds up in sequence; over 256 elements that costs 4e-7 at worst, over all of them 1e-3. The sum of the rows
-    is torch's cascaded one.
-    """
-    if values.is_contiguous() and values.numel() % _ROW == 0:
-        norms: Tensor = torch.linalg.vector_norm(values.view(-1, _ROW), dim=1)
-        return norms.square_().sum()
-    return values.square().sum()
-
-
-def _norms(values: Tensor) -> Tensor:
-    """Of short rows in storage order, and of the rest."""
-    flat = values.as_strided((values.numel(),), (1,)) if is_dense(values) else values.reshape(-1)
-    whole = flat.numel() - flat.numel() % _ROW
-    norms: Tensor = torch.linalg.vector_norm(flat[:whole].view(-1, _ROW), dim=1)
-    return norms if whole == flat.numel() else torch.cat([norms, torch.linalg.vector_norm(flat[whole:]).view(1)])
-
-
-def _sample_sums(buffer: Tensor) -> Tensor:
-    return buffer.clone() if buffer.ndim == 1 else sum_by_sample(buffer)
-
-
-def _row_sums(values: Tensor) -> Tensor:
-    """Of short rows in storage order, and of the rest: they do not depend on the number of threads."""
-    if values.numel() % _ROW == 0 and values.is_contiguous():
-        return values.view(-1, _ROW).sum(1)
-    flat = values.as_strided((values.numel(),), (1,)) if is_dense(values) else values.reshape(-1)
-    whole = flat.numel() - flat.numel() % _ROW
-    return torch.cat([flat[:whole].view(-1, _ROW).sum(1), flat[whole:].sum().view(1)])
-
-
-def _total(parts: list[Tensor]) -> Tensor:
-    values = parts[0] if len(parts) == 1 else torch.cat(parts)
-    while values.numel() > _UNSPLIT:
-        values = _row_sums(values)
-    return values.sum()
 
 
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}

@@ -37,7 +37,10 @@ class TrainConfig(LossConfig):
     init_from: Path | None = None
     """Run folder (or its folder best, or one of save_pretrained) whose weights a new run starts from."""
     image_size: tuple[int, int] | None = None
-    """Height and width to resize every image to; the images' own size if not given."""
+    """Height and width to resize every image to, cropped at the centre where its aspect ratio differs; the images' own
+    size if not given."""
+    flip: bool = False
+    """Mirror half of the training images left to right, drawn anew in each epoch."""
     strict: bool = False
     """Stop at a damaged image, or at a folder that cannot be listed, instead of leaving it out and listing it in
     skipped.json."""

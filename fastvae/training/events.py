@@ -1,4 +1,4 @@
-"""What a training run reports while it goes on; `train` itself prints nothing."""
+"""What a training run reports; `train` itself prints nothing."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

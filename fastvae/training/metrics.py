@@ -1,4 +1,4 @@
-"""Numbers that a training step reports, kept on the device until somebody reads them."""
+"""Figures of training steps, kept on the device until they are read."""
 
 import math
 

@@ -14,7 +14,7 @@ class Recorder:
     Args:
         run: Folder of the run.
         notify: Gets each record as an event.
-        step: Updates done already; records after it, of a run that fell, are taken out.
+        step: Updates done already; records of later steps, which a resumed run repeats, are removed.
         steps_per_epoch: Updates in a pass over the training images.
         writes: Whether this process writes files.
 

@@ -50,7 +50,7 @@ def wrap_io_errors(run: Path) -> Iterator[None]:
         remedy = "Free space, set its permissions, or choose another --out; there is no checkpoint yet."
         if (run / CHECKPOINT_FILE).exists():
             remedy = (
-                "The last checkpoint is intact: free space or set the permissions, then go on with "
+                "The last checkpoint is intact: free space or set the permissions, then continue with "
                 f"fastvae train --resume {run}"
             )
         raise RunFolderError(f"cannot write to the run folder {run}: {error}. {remedy}") from error
@@ -97,7 +97,7 @@ def choose_run_folder(config: TrainConfig) -> Path:
 
 
 def resumed_after_restart(config: TrainConfig) -> TrainConfig:
-    """The config, set to go on with its run if torchrun has started the processes anew.
+    """The config, set to resume its run if torchrun has restarted the processes.
 
     Raises:
         ValueError: the run's folder has no name that a restart can know.
@@ -105,10 +105,12 @@ def resumed_after_restart(config: TrainConfig) -> TrainConfig:
     if restarts() == 0 or config.resume is not None:
         return config
     if config.out is None:
-        raise ValueError("the processes were started anew and do not know their run folder. Pass --out.")
+        raise ValueError("torchrun has restarted the processes, which do not know their run folder. Pass --out.")
     if not (config.out / CONFIG_FILE).exists():
         return config
-    if not (config.out / CHECKPOINT_FILE).exists():  # it fell before its first checkpoint, and starts again in place
+    if not (
+        config.out / CHECKPOINT_FILE
+    ).exists():  # stopped before its first checkpoint: start again in the same folder
         return replace(config, resume=config.out)
     return replace(TrainConfig.from_run(config.out), device=config.device, workers=config.workers)
 

@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fastvae.data.batches import mirrored
 from fastvae.evaluation.objective import Objective
 from fastvae.models import VAE, saving
 
@@ -98,6 +99,8 @@ class TrainState:
             peak, steps = group["initial_lr"], {"warmup_steps": config.warmup_steps, "total_steps": self.total_steps}
             group["lr"] = learning_rate(self.step, peak=peak, **steps)
         images = batch.to(self.device, non_blocking=True)
+        if config.flip:
+            images = mirrored(images, seed=config.seed, step=self.step, first=self.world.rank * len(images))
         if config.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         terms = train_step(config, self.objective, self.module, images, self.step, self.scaler, self.world)

@@ -13,7 +13,7 @@ from ._tile import NUM_WARPS, full_tile, load, on_device, pack_all, tile_origin,
 from .elbo_samples_bwd import sample_gradients
 from .images import Images, image_pointers, image_tile
 from .latents import Latents, latent_gradient_tile, latent_pointers
-from .plan import ElboPlan
+from .plan import ElboPlan, seen_numbers
 from .samples import Samples
 from .types import ElboNumbers
 
@@ -214,20 +214,6 @@ def _elbo_bwd_kernel(
     elif dkl_ptr is not None:
         kl_pid = pid - latent_programs
         _kl_program(kl_pid, upstream, beta, kl_scale, dkl_ptr, n_kl, KL_BLOCK, KL_DTYPE)
-
-
-def seen_numbers(plan: ElboPlan, saved: tuple[Tensor, ...], numbers: Sequence[Any]) -> Sequence[Any]:
-    """The numbers as the forward pass saw them: tensors may have changed since."""
-    if not saved:
-        return numbers
-    seen: tuple[Any, ...]
-    if plan.sample_options is None:
-        recon_weight, beta = saved[0].unbind()
-        seen = beta, recon_weight, None
-    else:
-        recon_weight, beta, capacity, *_ = saved[1].unbind()
-        seen = beta, recon_weight, capacity
-    return [s if isinstance(n, Tensor) else n for n, s in zip(numbers, seen, strict=True)]
 
 
 def elbo_bwd(

@@ -23,22 +23,12 @@ _STRIDES: tuple[tuple[int, ...], ...] = (), (1,)  # of a scalar, and of one valu
 
 
 @triton.jit
-def _sum_of_groups(x, SIZE: tl.constexpr):
-    """Over runs of columns as long as an access of 16 bytes: a thread has them all, and then keeps one register for
-    each.
-    """
-    return tl.sum(x.reshape(x.shape[0], x.shape[1] // SIZE, SIZE), axis=2)
-
-
-@triton.jit
 def _image_program(pid, images, likelihood, geometry, partials, factor, samples, options):
     first_row, first_col, rows = tile_origin(pid, geometry)
     row_factor = error_factor(
         samples, options, unpack_f64(factor, geometry.dtype), rows, rows < geometry.n_rows, geometry.dtype
     )
-    access: tl.constexpr = 128 // images.recon.dtype.element_ty.primitive_bitwidth
-    group: tl.constexpr = access if geometry.sizes is None and geometry.block_cols >= access else 1
-    errors = tl.zeros([geometry.block_rows, geometry.block_cols // group], geometry.dtype)
+    errors = tl.zeros([geometry.block_rows, geometry.block_cols], geometry.dtype)
     counts = tl.zeros([geometry.block_rows, geometry.block_cols], geometry.dtype)
     weighed = tl.zeros([geometry.block_rows, geometry.block_cols], geometry.dtype)
     weights = tl.zeros([geometry.block_rows, geometry.block_cols], geometry.dtype)
@@ -54,7 +44,7 @@ def _image_program(pid, images, likelihood, geometry, partials, factor, samples,
             error, weight = image_tile(images, ptrs, likelihood, row_factor, 0.0, mask, geometry.dtype)
             if partials.counts is not None:
                 counts += load(ptrs.mask, mask, geometry.dtype)
-        errors += _sum_of_groups(error, group)
+        errors += error
         if images.weight is not None:
             weighed += error * weight
             weights += weight
@@ -209,7 +199,7 @@ def elbo_fwd(
     samples = None if plan.sample_options is None else Samples(*per_sample)
     with on_device(plan.device):
         if programs := plan.image_programs + plan.latent_programs:
-            # kernel[grid](...) comes to the same, but copies the keywords three times, which takes 4 us
+            # kernel[grid](...) does the same, but copies the keywords three times, which takes 4 us
             _elbo_fwd_kernel.run(
                 grid=(programs,),
                 warmup=False,
@@ -238,11 +228,7 @@ def elbo_fwd(
         if plan.fold_programs:
             sums = image_partials.errors, kl_partials, free_bits_partials
             results = loss, recon_term, kl_term, seen
-            _elbo_fold_kernel.run(
-                *(*sums, *results, *plan.factors, recon_weight, beta, *plan.fold),
-                grid=(plan.fold_programs,),
-                warmup=False,
-                num_warps=NUM_WARPS,
-                enable_fp_fusion=True,
-            )
+            arguments = *sums, *results, *plan.factors, recon_weight, beta, *plan.fold
+            grid = (plan.fold_programs,)
+            _elbo_fold_kernel.run(*arguments, grid=grid, warmup=False, num_warps=NUM_WARPS, enable_fp_fusion=True)
     return loss, recon_term, kl_term, () if seen is None else (seen,)

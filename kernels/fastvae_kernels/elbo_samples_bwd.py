@@ -56,6 +56,31 @@ def _store_number(ptr, value):
         tl.store(ptr, _stored(value, ptr))
 
 
+@triton.jit
+def _store_number_gradients(
+    gradients,  # ElboNumbers, written
+    dloss_ptr,
+    sums,  # over the rows of this program, of gradients by the numbers in their order
+    batch,  # reconstruction term; KL term and its derivative under a capacity of the batch; beta; capacity's factor
+    BATCH_CAPACITY: tl.constexpr,
+    PER_SAMPLE: tl.constexpr,
+):
+    dbetas, drecon_weights, dcapacities = sums
+    recon_term, excess, batch_sign, beta, capacity_factor = batch
+    if PER_SAMPLE:
+        _store_number(gradients.beta, tl.sum(dbetas))
+        _store_number(gradients.recon_weight, tl.sum(drecon_weights))
+        _store_number(gradients.capacity, tl.sum(dcapacities))
+    else:
+        dloss = tl.load(dloss_ptr).to(tl.float64)
+        _store_number(gradients.beta, dloss * (excess * batch_sign))
+        _store_number(gradients.recon_weight, dloss * recon_term)
+        if BATCH_CAPACITY:
+            _store_number(gradients.capacity, -dloss * beta * batch_sign * capacity_factor)
+        else:
+            _store_number(gradients.capacity, tl.sum(dcapacities))
+
+
 @triton.jit(do_not_specialize=["kl_normalizer"])
 def _sample_gradients_kernel(
     sums_ptr,  # [4 or 6, n_rows] float64, read: see `sample_terms`
@@ -83,10 +108,8 @@ def _sample_gradients_kernel(
     batch_sign = tl.full([], 1.0, tl.float64)
     if BATCH_CAPACITY:
         batch_sign = sign(excess)
-    dlog_scales = tl.zeros([BLOCK], tl.float64)
-    dbetas = tl.zeros([BLOCK], tl.float64)
-    drecon_weights = tl.zeros([BLOCK], tl.float64)
-    dcapacities = tl.zeros([BLOCK], tl.float64)
+    zeros = tl.zeros([BLOCK], tl.float64)
+    dlog_scales, dbetas, drecon_weights, dcapacities = zeros, zeros, zeros, zeros
     for block in range(n_blocks):
         rows = (pid * n_blocks + block) * BLOCK + tl.arange(0, BLOCK)
         mask = rows < n_rows
@@ -98,8 +121,7 @@ def _sample_gradients_kernel(
         of_loss, of_recon = dloss * recon_weight * normalizer, drecon_term * normalizer
         if not sample_options.weighs_elements:
             of_recon += of_loss * terms.recon_weight
-        of_kl = dkl_term * kl_factor
-        of_regularized = dloss * beta * kl_factor * batch_sign * terms.beta
+        of_kl, of_regularized = dkl_term * kl_factor, dloss * beta * kl_factor * batch_sign * terms.beta
         empty = terms.counts == 0
         by_error = tl.where(empty, 0.0, of_recon * weight * terms.inverse_scale)
         of_images, of_counts = of_recon * terms.recon, by_error * terms.counts
@@ -113,8 +135,7 @@ def _sample_gradients_kernel(
             of_counts += by_weighed * terms.weights
             of_scale += of_loss * (terms.weights * nll_weight - terms.weighed_scaled)
             tl.store(coefficients_ptr + 4 * n_rows + rows, by_weighed * error_weight, mask=mask)
-        through = of_regularized * weight * terms.capacity_sign * terms.passes
-        coefficient_kl = of_kl * weight
+        through, coefficient_kl = of_regularized * weight * terms.capacity_sign * terms.passes, of_kl * weight
         if not HAS_ELEMENT_FREE_BITS:
             coefficient_kl += through
         tl.store(coefficients_ptr + n_rows + rows, dloss + drecon_term / recon_weight, mask=mask)
@@ -136,18 +157,10 @@ def _sample_gradients_kernel(
         dcapacities -= tl.where(mask, of_regularized * weight * terms.capacity_sign, 0.0)
     if sample_options.one_scale:
         _store_number(gradients.log_scale, tl.sum(dlog_scales))
-    if PER_SAMPLE:
-        _store_number(number_gradients.beta, tl.sum(dbetas))
-        _store_number(number_gradients.recon_weight, tl.sum(drecon_weights))
-        _store_number(number_gradients.capacity, tl.sum(dcapacities))
-    elif dloss_ptr is not None:
-        dloss_of_all = tl.load(dloss_ptr).to(tl.float64)
-        _store_number(number_gradients.beta, dloss_of_all * (excess * batch_sign))
-        _store_number(number_gradients.recon_weight, dloss_of_all * recon_term)
-        if BATCH_CAPACITY:
-            _store_number(number_gradients.capacity, -dloss_of_all * beta * batch_sign * (kl_factor * n_rows))
-        else:
-            _store_number(number_gradients.capacity, tl.sum(dcapacities))
+    if PER_SAMPLE or dloss_ptr is not None:
+        sums = (dbetas, drecon_weights, dcapacities)
+        batch = (recon_term, excess, batch_sign, beta, kl_factor * n_rows)
+        _store_number_gradients(number_gradients, dloss_ptr, sums, batch, BATCH_CAPACITY, PER_SAMPLE)
 
 
 def sample_gradients(

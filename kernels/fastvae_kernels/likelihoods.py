@@ -112,7 +112,7 @@ def _log(x):
         logarithm = tl.where(x == 0, -100.0, logarithm)
     else:
         # 2^64 x = 2^e (1 + m) with 1 + m in [3/4, 3/2) and e times 2^23 in `exponent`; 0 comes to less than -100
-        bits = (x * 18446744073709551616.0).to(tl.int32, bitcast=True)
+        bits = (tl.abs(x) * 18446744073709551616.0).to(tl.int32, bitcast=True)
         exponent = (bits - (0x3F400000 + (64 << 23))) & -0x00800000
         m = (bits - exponent - (64 << 23)).to(tl.float32, bitcast=True) - 1.0
         p = m * -6.299251317977905e-2 + 0.13951706886291504

@@ -1,11 +1,13 @@
 """The launches of a loss, as far as shapes, strides, dtypes and options determine them."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ._reduce import fold_tile
 from ._tile import ONE_TILE_EACH, Geometry, make_geometry, pack_f64, triton_dtype
@@ -111,6 +113,20 @@ def plan_elbo(metas: ElboTensors, numbers: ElboNumbers, options: ElboOptions, wr
         mask_normalize=options.mask_normalize,
         batch_capacity=options.capacity_mode == "batch",
     )
+
+
+def seen_numbers(plan: ElboPlan, saved: tuple[Tensor, ...], numbers: Sequence[Any]) -> Sequence[Any]:
+    """The numbers as the forward pass saw them: tensors may have changed since."""
+    if not saved:
+        return numbers
+    seen: tuple[Any, ...]
+    if plan.sample_options is None:
+        recon_weight, beta = saved[0].unbind()
+        seen = beta, recon_weight, None
+    else:
+        recon_weight, beta, capacity, *_ = saved[1].unbind()
+        seen = beta, recon_weight, capacity
+    return [s if isinstance(n, Tensor) else n for n, s in zip(numbers, seen, strict=True)]
 
 
 def _images(metas: ElboTensors, gradients: ElboTensors) -> Images:

@@ -100,7 +100,7 @@ class Case:
         shape: Of images and latents alike, unless a sample has `latent_cols` latents.
         upstream: Gradient of every output. The backward pass of a loss has nothing to do for images where it is 1.
         clamp: Whether logvar is clamped.
-        options: Names in `OPTIONS`: of a loss; of the KL, "prior" alone.
+        options: Names in `OPTIONS`: of a loss; of a sample and its KL, or of the KL, "prior" alone.
     """
 
     op: Op
@@ -133,7 +133,7 @@ class Case:
         return {
             "noise": Floor(0, size),
             "sample": Floor(2 * size, size),
-            "sample_kl": Floor(2 * size, size),
+            "sample_kl": Floor(latents, size),
             "kl": Floor(latents, 0),
             "stats": Floor(2 * size, 0),
             "loss": image,
@@ -151,7 +151,7 @@ class Case:
             "noise": Floor(0, 0),
             "stats": Floor(0, 0),
             "sample": Floor(2 * size, 2 * size),  # z's gradient is mu's, and mu is not needed
-            "sample_kl": Floor(3 * size, 2 * size),
+            "sample_kl": Floor(size + latent.read, latent.written),
             "kl": latent,
             "loss": image,
             "whole_loss": Floor(image.read + latent.read, image.written + latent.written),
@@ -251,6 +251,7 @@ CONTIGUOUS = [
     *(Case("kl", dtype) for dtype in FLOATS),
     *(Case("loss", dtype) for dtype in FLOATS),
     *(Case("loss", *dtypes) for dtypes in MIXED),
+    *(Case("sample_kl", dtype, options=("prior",)) for dtype in FLOATS),
     *(Case("whole_loss", dtype) for dtype in FLOATS[:2]),
     Case("whole_loss", *MIXED[0]),
 ]
