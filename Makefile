@@ -51,7 +51,7 @@ gpu: ## on a machine with a GPU: all GPU tests, then timings, into benchmarks/re
 	PYTHONPATH=.:kernels $(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu --part $(PART)
 
 kernels-report: $(STAMP) ## what each kernel moves and compiles to, as a table
-	$(BIN)/python -m tests.support.kernels_report
+	$(BIN)/python -m tests.helpers.kernels_report
 
 docs: $(STAMP) ## HTML pages of the public API from its docstrings, in build/docs
 	$(BIN)/pdoc --docformat google --output-directory build/docs fastvae '!.*\._'
