@@ -18,6 +18,7 @@ LAYERS = [
     {"training", "integrations"},
     {"evaluation"},
     {"models", "data", "loss", "distributions", "iwae", "capture"},
+    {"_captured_step"},
     {"nn"},
     {"functional", "statistics", "input_checks", "norms"},
     {"_count_terms"},

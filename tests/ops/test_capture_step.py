@@ -251,7 +251,7 @@ def test_why_it_runs_eagerly(monkeypatch):
 
     def reason(optimizer=None, **options):
         optimizer = torch.optim.AdamW(training.model.parameters()) if optimizer is None else optimizer
-        monkeypatch.setattr("fastvae.capture.CapturedStep._capture", lambda step, warmup: None)
+        monkeypatch.setattr("fastvae._captured_step.CapturedStep._capture", lambda step, warmup: None)
         return fastvae.capture_step(training.model, training.criterion, optimizer, training.images[0], **options).reason
 
     parameters = list(training.model.parameters())
