@@ -87,7 +87,7 @@ class TestMoreEpochs:
         steps = len(before) // 2
         assert [record["step"] for record in after] == list(range(1, 4 * steps + 1))
         assert [record["epoch"] for record in records_of(run, "validation")] == [1, 2, 3, 4]
-        rates = [learning_rate(s, peak=4e-3, warmup_steps=100, total_steps=4 * steps) for s in range(4 * steps)]
+        rates = [learning_rate(s, peak=2e-3, warmup_steps=100, total_steps=4 * steps) for s in range(4 * steps)]
         assert [record["lr"] for record in after[len(before) :]] == pytest.approx(rates[len(before) :])
         assert TrainConfig.from_run(run).epochs == 4
         assert json.loads((run / "evaluation.json").read_text())["nats"] == records_of(run, "validation")[-1]["nats"]
