@@ -203,7 +203,7 @@ def exact_exp(x):
     if x.dtype == tl.float64:
         result = tl.exp(x)
     else:
-        power = tl.floor(x * 1.4426950408889634 + 0.5)
+        power = x * 1.4426950408889634 + 12582912.0 - 12582912.0  # rounded to an integer: floats there have no fraction
         rest = x - power * 0.693145751953125 - power * 1.428606765330187e-06
         result = tl.exp2(rest * 1.4426950408889634) * tl.exp2(power)
     return result
