@@ -25,7 +25,7 @@ def nothing(*args: Any, **kwargs: Any) -> None:
 
 @contextmanager
 def no_launches() -> Iterator[None]:
-    """CPU tensors take the way of the Triton kernels, up to the launches."""
+    """CPU tensors are served by the Triton backend, without its launches."""
     triton = pytest.importorskip("triton", reason="Triton is not installed")
     with (
         mock.patch("fastvae._backend._triton_obstacle", nothing),

@@ -45,6 +45,8 @@ def tensor(name: str, image: tuple[int, ...], latent: tuple[int, ...], dtype: to
         return torch.rand(image if name == "mask" else latent, device=device) < 0.75
     if name in ("weight", "extra"):
         return torch.rand(image[:1], device=device)
+    if name == "map":
+        return torch.rand(image, dtype=dtype, device=device)
     if name == "log_scale":  # a parameter, which autocast leaves in float32
         return torch.full((), LOGVAR, device=device).requires_grad_()
     shape = {"prior": latent, "sample_log_scale": image[:1], "log_scale_map": image}[name]
@@ -143,6 +145,7 @@ LOSSES: dict[str, Loss] = {
     "bernoulli_probs": errors(bernoulli_probs, "bernoulli_probs"),
     "l2_logits": errors(lambda x, t: F.mse_loss(x.sigmoid(), t, reduction="sum"), L2(from_logits=True)),
     "l1_logits": errors(lambda x, t: F.l1_loss(x.sigmoid(), t, reduction="sum"), L1(from_logits=True), jumps=True),
+    "custom": errors(lambda x, t: squared(x, t).sum(), squared),
     "gaussian_fixed": errors(lambda x, t: (0.5 * (squared(x, t) * math.exp(-LOGVAR) + LOGVAR)).sum(), FIXED),
     "gaussian_learned": errors(gaussian, lambda s: learned(Gaussian, s), "log_scale"),
     "gaussian_by_sample": errors(lambda x, t, s: gaussian(x, t, rows(s, x)), gaussian_of, "sample_log_scale"),
@@ -157,6 +160,14 @@ LOSSES: dict[str, Loss] = {
     ),
     "weight": Loss(lambda x, t, mu, lv, w: (w * samples(x, t, mu, lv)).mean(), lambda w: {"weight": w}, ("weight",)),
     "extra": errors(lambda x, t, e: (squared(x, t) + rows(e, x)).sum(), lambda e: {"extra": e}, "extra"),
+    "extra_map": errors(lambda x, t, e: (squared(x, t) + e).sum(), lambda e: {"extra": e}, "map"),
+    "error_weight_by_sample": errors(
+        lambda x, t, w: (rows(w, x) * squared(x, t)).sum(), lambda w: {"recon_weight": w}, "weight"
+    ),
+    "error_weight_by_element": errors(lambda x, t, w: (w * squared(x, t)).sum(), lambda w: {"recon_weight": w}, "map"),
+    "beta_by_sample": regularized(
+        lambda mu, lv, b: (b * by_sample(kl(mu, lv))).mean(), lambda b: {"beta": b}, "weight"
+    ),
     "reduction_none": Loss(samples, {"reduction": "none"}),
     "reduction_mean": Loss(lambda x, t, mu, lv: F.mse_loss(x, t) + kl(mu, lv).mean(), {"reduction": "mean"}),
     "beta": of_kl(lambda k: 4 * k.sum() / len(k), beta=4.0),

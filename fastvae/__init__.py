@@ -1,26 +1,75 @@
 """fastvae: sampling and loss of variational autoencoders at the cost of a copy."""
 
-from . import integrations as integrations
-from . import likelihoods as likelihoods
-from . import parametrizations as parametrizations
-from . import regularizers as regularizers
-from . import schedules as schedules
-from ._backend import set_backend as set_backend
-from ._backend import use_backend as use_backend
-from .distributions import DiagonalGaussian as DiagonalGaussian
-from .functional import VAELossTerms as VAELossTerms
-from .functional import gaussian_kl as gaussian_kl
-from .functional import philox_normal as philox_normal
-from .functional import reconstruction_loss as reconstruction_loss
-from .functional import reparameterize as reparameterize
-from .functional import reparameterize_kl as reparameterize_kl
-from .functional import vae_loss as vae_loss
-from .input_checks import InputReport as InputReport
-from .input_checks import check_inputs as check_inputs
-from .iwae import iwae_loss as iwae_loss
-from .loss import VAELoss as VAELoss
-from .noise_state import NoiseState as NoiseState
-from .statistics import LatentStats as LatentStats
-from .statistics import latent_stats as latent_stats
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from . import integrations, likelihoods, nn, parametrizations, presets, regularizers, schedules
+from ._backend import set_backend, use_backend
+from .capture import CapturedStep, capture_step
+from .distributions import DiagonalGaussian
+from .functional import (
+    VAELossTerms,
+    gaussian_kl,
+    philox_normal,
+    reconstruction_loss,
+    reparameterize,
+    reparameterize_kl,
+    vae_loss,
+)
+from .input_checks import InputReport, check_inputs
+from .iwae import iwae_loss
+from .loss import VAELoss
+from .noise_state import NoiseState
+from .norms import group_norm_silu
+from .statistics import LatentStats, latent_stats
+
+if TYPE_CHECKING:
+    from . import data, evaluation, models, training
 
 __version__ = "0.1.0"
+
+_LAZY = ("data", "evaluation", "models", "training")  # imported on first access
+
+__all__ = [
+    "CapturedStep",
+    "DiagonalGaussian",
+    "InputReport",
+    "LatentStats",
+    "NoiseState",
+    "VAELoss",
+    "VAELossTerms",
+    "capture_step",
+    "check_inputs",
+    "data",
+    "evaluation",
+    "gaussian_kl",
+    "group_norm_silu",
+    "integrations",
+    "iwae_loss",
+    "latent_stats",
+    "likelihoods",
+    "models",
+    "nn",
+    "parametrizations",
+    "philox_normal",
+    "presets",
+    "reconstruction_loss",
+    "regularizers",
+    "reparameterize",
+    "reparameterize_kl",
+    "schedules",
+    "set_backend",
+    "training",
+    "use_backend",
+    "vae_loss",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -55,7 +55,7 @@ def use_backend(name: Backend) -> Iterator[None]:
 
 
 def choice() -> str:
-    """What was asked for: "auto", "triton" or "torch"."""
+    """The backend that is set: "auto", "triton" or "torch"."""
     return _context_choice.get() or _process_choice or _environment_choice()
 
 
@@ -84,7 +84,7 @@ def backend_of(tensor: Any) -> str:
     """ "triton" or "torch": which backend serves this tensor (or `TensorMeta`).
 
     Raises:
-        RuntimeError: "triton" was asked for and cannot run on the tensor's device.
+        RuntimeError: the backend is set to "triton" and cannot run on the tensor's device.
     """
     chosen = choice()
     if chosen == "torch":

@@ -36,39 +36,44 @@ def elbo_with_batch_terms(inputs: Sequence[Any], values: Sequence[Any], options_
     numbers = ElboNumbers(
         *(n if n is None else in_dtype(n.clone() if isinstance(n, Tensor) else n, dtype) for n in numbers)
     )
-    if tensors.weight is not None:  # once for both terms, so that its gradient is rounded once
-        tensors = tensors._replace(weight=tensors.weight.to(dtype))
+    # once for all of their uses, so that their gradients are rounded once
+    weights = (None if t is None else t.to(dtype) for t in (tensors.weight, tensors.recon_weights))
+    tensors = tensors._replace(**dict(zip(("weight", "recon_weights"), weights, strict=True)))
     options = resolve(spec, tensors)
-    images = ElboTensors(*tensors[:4], mask=tensors.mask, weight=tensors.weight, extra=tensors.extra)
-    latents = ElboTensors(
-        None, None, None, None, *tensors[4:8], kl_mask=tensors.kl_mask, kl=tensors.kl, weight=tensors.weight
-    )
+    small = {"weight": tensors.weight, "extra": tensors.extra, "recon_weights": tensors.recon_weights}
+    images = ElboTensors(*tensors[:4], mask=tensors.mask, **small)
+    latents = tensors._replace(**dict.fromkeys(_OF_IMAGES))
     if tensors.recon is None:
-        recon = torch.zeros(tensors.mu.shape[:1] if options.per_sample else (), dtype=dtype, device=tensors.mu.device)
+        like = tensors.mu
+        recon = weighed = torch.zeros(like.shape[:1] if options.per_sample else (), dtype=dtype, device=like.device)
     elif isinstance(spec.likelihood, LikelihoodSpec) and spec.likelihood.optimal_scale:
-        recon = _with_optimal_scale(images, spec, options)
+        weighed, recon, _ = _with_optimal_scale(images, spec, options)
     else:
         images = images._replace(sample_log_scale=tensors.sample_log_scale)
-        recon = elbo(images, ElboNumbers(), spec._replace(free_bits=None, capacity_mode=None))[1]
+        weighed, recon, _ = elbo(images, ElboNumbers(), spec._replace(free_bits=None, capacity_mode=None))
     if spec.free_bits is not None and spec.free_bits.mode == "dim_batch":
         kl, regularized = _with_mean_free_bits(latents, numbers, options)
     elif latents.mu is None and latents.kl is None:
         kl = regularized = torch.zeros_like(recon)
     else:
         regularized, _, kl = elbo(latents, ElboNumbers(capacity=numbers.capacity), spec._replace(likelihood=None))
-    loss = numbers.recon_weight * recon + numbers.beta * regularized
+    loss = numbers.recon_weight * weighed + numbers.beta * regularized
     return loss.to(dtype), recon.to(dtype), kl.to(dtype)
 
 
-def _with_optimal_scale(images: ElboTensors, spec: LossSpec, options: ElboOptions) -> Tensor:
-    """The term under the scale that makes it smallest: the log of the mean error."""
+_OF_IMAGES = ("recon", "target", "log_scale", "extra_map", "mask", "extra", "sample_log_scale", "recon_weights")
+
+
+def _with_optimal_scale(images: ElboTensors, spec: LossSpec, options: ElboOptions) -> Terms:
+    """The terms of the reconstruction under the scale that makes it smallest: the log of the mean error."""
     assert isinstance(spec.likelihood, LikelihoodSpec)
     by_sample = LossSpec(
         spec.likelihood._replace(nll_weight=1.0, constant=0.0, mask_normalize=False, optimal_scale=False),
         "none",
         "none",
     )
-    errors = elbo(images._replace(weight=None, extra=None), ElboNumbers(), by_sample)[1]
+    plain = images._replace(weight=None, extra=None, extra_map=None, recon_weights=images.weight_map)
+    weighed, errors, _ = elbo(plain, ElboNumbers(), by_sample)
     n: float | Tensor = float(math.prod(images.recon.shape[1:]))
     total: float | Tensor = n * errors.shape[0]
     if images.mask is not None:
@@ -83,7 +88,16 @@ def _with_optimal_scale(images: ElboTensors, spec: LossSpec, options: ElboOption
     # errors hold the likelihood's factor already
     options = options._replace(error_weight=options.nll_weight)
     images = images._replace(sample_log_scale=log_scale)
-    return reference.combine(errors, n, None, None, images, ElboNumbers(), options)[1]
+    of_weights = weights = None
+    if images.weight_map is not None:
+        weights = reference.selected(images.weight_map, images.mask).to(errors.dtype)
+    if images.extra_map is not None:
+        extra = reference.selected(images.extra_map, images.mask).to(errors.dtype)
+        errors = errors + reference.per_sample(extra)
+        weighed = weighed if weights is None else weighed + reference.per_sample(weights * extra)
+    if weights is not None:
+        of_weights = weighed, reference.per_sample(weights)
+    return reference.combine(errors, n, None, None, images, ElboNumbers(), options, of_weights)
 
 
 def _with_mean_free_bits(latents: ElboTensors, numbers: ElboNumbers, options: ElboOptions) -> tuple[Tensor, Tensor]:

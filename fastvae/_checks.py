@@ -1,38 +1,32 @@
-"""The only place that raises on what a caller passes.
+"""Checks of arguments. Only this module and the two that it uses raise errors for them.
 
 A tensor may be given as its `TensorMeta`. No check reads a tensor's values, so none waits for a device.
 """
 
-import difflib
-import math
-from collections.abc import Iterable
-from numbers import Real
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastvae_kernels.types import Clamp, ElboNumbers, ElboOptions, ElboTensors, TensorMeta
+from fastvae_kernels.types import ElboNumbers, ElboOptions, ElboTensors, TensorMeta
 
-from . import _numbers
-from ._dtypes import compute_dtype, in_dtype
+from ._argument_checks import FLOATS as FLOATS
+from ._argument_checks import choice as choice
+from ._argument_checks import expanded as expanded
+from ._argument_checks import fail as fail
+from ._argument_checks import float_tensor as float_tensor
+from ._argument_checks import gaussian as gaussian
+from ._argument_checks import halves as halves
+from ._argument_checks import kind as kind
+from ._argument_checks import log_scale as log_scale
+from ._argument_checks import logvar_clamp as logvar_clamp
+from ._argument_checks import names
+from ._argument_checks import same_device as same_device
+from ._argument_checks import same_shape as same_shape
+from ._argument_checks import weight as weight
 from ._strides import is_dense
 
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 REDUCTIONS = ("batchmean", "sum", "mean", "none")
-
-
-def _names(dtypes: Iterable[torch.dtype]) -> str:
-    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-
-
-def choice(name: str, value: object, known: Iterable[str]) -> None:
-    known = list(known)
-    if value in known:
-        return
-    close = difflib.get_close_matches(str(value), known, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}.{hint}")
 
 
 def reduction(value: str) -> str:
@@ -54,56 +48,6 @@ def reductions(reduction: str, recon_reduction: str | None, kl_reduction: str | 
     return both
 
 
-def float_tensor(name: str, tensor: Any, *, also: tuple[torch.dtype, ...] = ()) -> None:
-    if not isinstance(tensor, Tensor | TensorMeta):
-        raise TypeError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}. Convert it with torch.as_tensor.")
-    if tensor.dtype not in FLOATS and tensor.dtype not in also:
-        raise TypeError(
-            f"{name} must be one of {_names(FLOATS + also)}; got {_names([tensor.dtype])}. "
-            "Convert it, for example with .float()."
-        )
-    if tensor.ndim == 0:
-        raise ValueError(
-            f"{name} must have a batch dimension, [B, ...]; got a 0-dimensional tensor. Pass {name}.reshape(1)."
-        )
-    if tensor.layout != torch.strided:
-        raise ValueError(f"{name} must be a dense tensor; got layout {tensor.layout}. Pass {name}.to_dense().")
-
-
-def same_shape(first: str, a: Any, second: str, b: Any) -> None:
-    if a.shape != b.shape:
-        raise ValueError(
-            f"{first} and {second} must have one shape; got {tuple(a.shape)} and {tuple(b.shape)}. "
-            f"Nothing is broadcast: reshape or expand one of them."
-        )
-
-
-def same_device(first: str, a: Any, second: str, b: Any) -> None:
-    if a.device != b.device:
-        raise ValueError(
-            f"{first} and {second} must be on one device; got {a.device} and {b.device}. "
-            f"Move one with .to({str(a.device)!r})."
-        )
-
-
-def gaussian(mu: Any, logvar: Any) -> None:
-    float_tensor("mu", mu)
-    float_tensor("logvar", logvar)
-    same_shape("mu", mu, "logvar", logvar)
-    same_device("mu", mu, "logvar", logvar)
-
-
-def halves(packed: Tensor, dim: int) -> int:
-    """The dimension, counted from the front, that mean and logvar share."""
-    float_tensor("packed", packed)
-    if not -packed.ndim <= dim < packed.ndim or dim % packed.ndim == 0 or packed.shape[dim] % 2:
-        fail(
-            f"packed must hold mean and logvar as the two halves of dimension dim, which is not the batch's; got shape "
-            f"{tuple(packed.shape)} and dim={dim}. Pass the dimension of 2 C channels."
-        )
-    return dim % packed.ndim
-
-
 def images(recon: Any, target: Any) -> None:
     float_tensor("recon", recon)
     float_tensor("target", target, also=(torch.uint8,))
@@ -111,39 +55,10 @@ def images(recon: Any, target: Any) -> None:
     same_device("recon", recon, "target", target)
 
 
-def log_scale(name: str, value: Any, *, also: str | None = None) -> Any:
-    """The log of a decoder's scale: a float, a tensor, or `also`."""
-    if isinstance(value, str) and value == also:
-        return value
-    if isinstance(value, Tensor):
-        if value.dtype not in FLOATS:
-            raise TypeError(f"{name} must be one of {_names(FLOATS)}; got {_names([value.dtype])}. Convert it.")
-        return value
-    if isinstance(value, str):
-        fail(f"{name} must be a float{f', {also!r}' if also else ''} or a tensor; got {value!r}.")
-    if math.isnan(log_scale := _numbers.number(name, value)):
-        fail(f"{name} must be a number; got {value!r}.")
-    return log_scale
-
-
-def expanded(name: str, tensor: Tensor, other: str, like: Tensor) -> Tensor:
-    """`tensor` in the shape of `like`."""
-    same_device(name, tensor, other, like)
-    if tensor.is_floating_point() and tensor.shape != like.shape:
-        tensor = tensor.to(compute_dtype(tensor))  # its gradient is a sum, which is rounded once
-    try:
-        return tensor.expand(like.shape)
-    except RuntimeError:
-        raise ValueError(
-            f"{name} must broadcast to {other}'s shape {tuple(like.shape)}; got {tuple(tensor.shape)}. Insert "
-            "dimensions of size 1 where it is the same for all."
-        ) from None
-
-
 def mask(value: object, like: Tensor, name: str = "mask", other: str = "recon") -> Tensor:
     """`value` in the shape of `like`."""
     if not isinstance(value, Tensor) or value.dtype != torch.bool:
-        passed = _names([value.dtype]) if isinstance(value, Tensor) else type(value).__name__
+        passed = names([value.dtype]) if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"{name} must be a bool tensor; got {passed}. Compare, for example {name} > 0.5.")
     if value.shape != like.shape:
         return expanded(name, value, other, like)
@@ -157,20 +72,51 @@ def prior(value: Any, mu: Tensor) -> tuple[Tensor, Tensor]:
         raise TypeError(f"prior must be None or a pair of tensors (mu, logvar); got {type(value).__name__}.")
     for name, tensor in zip(("prior's mu", "prior's logvar"), value, strict=True):
         if not isinstance(tensor, Tensor) or tensor.dtype not in FLOATS:
-            came = _names([tensor.dtype]) if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"{name} must be a tensor of {_names(FLOATS)}; got {came}.")
+            passed = names([tensor.dtype]) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{name} must be a tensor of {names(FLOATS)}; got {passed}.")
     return expanded("prior's mu", value[0], "mu", mu), expanded("prior's logvar", value[1], "mu", mu)
 
 
 def per_sample(name: str, tensor: Any, like: Any) -> None:
-    """weight, extra, kl: [B]."""
+    """weight, kl: [B]."""
+    batch = like.shape[0]
+    if isinstance(tensor, Tensor | TensorMeta) and tensor.ndim == 0:
+        fail(
+            f"{name} must have shape [B] = ({batch},), one value per sample; got a 0-dimensional tensor. Reduce over "
+            f"each sample only, or pass {name}.expand({batch}) if the value is that of every sample."
+        )
     float_tensor(name, tensor)
     if tensor.shape != like.shape[:1]:
         fail(
-            f"{name} must have shape [B] = ({like.shape[0]},), one value a sample; got {tuple(tensor.shape)}. "
+            f"{name} must have shape [B] = ({batch},), one value per sample; got {tuple(tensor.shape)}. "
             "Reduce or flatten it."
         )
     same_device(name, tensor, "the inputs", like)
+
+
+def per_sample_or_element(name: str, tensor: Any, recon: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """extra, recon_weight: ([B], None), or (None, a map in the shape of recon)."""
+    float_tensor("recon", recon)
+    batch = recon.shape[0]
+    if isinstance(tensor, Tensor) and tensor.ndim == 0:
+        fail(
+            f"{name} must have shape [B] = ({batch},) or broadcast to recon's shape; got a 0-dimensional tensor. Pass "
+            f"{name}.expand({batch}) if the value is that of every sample."
+        )
+    float_tensor(name, tensor)
+    same_device(name, tensor, "recon", recon)
+    if tensor.shape == (batch,):
+        return tensor, None
+    if tensor.shape == (batch, *[1] * (recon.ndim - 1)):
+        return tensor.reshape(batch), None
+    try:
+        torch.broadcast_shapes(tensor.shape, recon.shape)  # type: ignore[no-untyped-call]
+        return None, expanded(name, tensor, "recon", recon)
+    except (RuntimeError, ValueError):
+        raise ValueError(
+            f"{name} must have shape [B] = ({batch},), one value per sample, or broadcast to recon's shape "
+            f"{tuple(recon.shape)}; got {tuple(tensor.shape)}. Insert dimensions of size 1 where it is the same."
+        ) from None
 
 
 def loss_inputs(tensors: ElboTensors, numbers: ElboNumbers, spec: Any) -> None:
@@ -189,9 +135,14 @@ def loss_inputs(tensors: ElboTensors, numbers: ElboNumbers, spec: Any) -> None:
     else:
         per_sample("kl", tensors.kl, tensors.kl)
         like = tensors.kl
-    for name in ("weight", "extra"):
-        if getattr(tensors, name) is not None:
-            per_sample(name, getattr(tensors, name), like)
+    if tensors.weight is not None:
+        per_sample("weight", tensors.weight, like)
+    of_batch = spec.capacity_mode == "batch" or getattr(spec.free_bits, "mode", None) == "dim_batch"
+    if tensors.betas is not None and of_batch:
+        fail(
+            "beta of each sample has no meaning where free bits or the capacity are of the batch; got a beta of shape "
+            f"{tuple(tensors.betas.shape)}. Pass one beta, or choose the mode of samples."
+        )
     for name, number in zip(numbers._fields, numbers, strict=True):
         if isinstance(number, Tensor | TensorMeta):
             same_device(name, number, "the inputs", like)
@@ -230,42 +181,53 @@ def kl_given(
         fail("Drop logvar: kl= replaces it, and both were passed. mu may stay, for its element count.")
     if free_bits is not None and getattr(free_bits, "mode", None) == "sample":
         free_bits = None
-    if not (logvar_clamp is None and prior is None and free_bits is None and kl_mask is None):
-        given = {"logvar_clamp": logvar_clamp, "prior": prior, "free_bits": free_bits, "kl_mask": kl_mask}
+    if logvar_clamp is not None:
+        fail(
+            f"logvar_clamp cannot act on kl=, which is already measured; got {logvar_clamp!r}. Pass logvar_clamp=None "
+            "here (to VAELoss.preset too) and the bounds to reparameterize_kl."
+        )
+    if not (prior is None and free_bits is None and kl_mask is None):
+        given = {"prior": prior, "free_bits": free_bits, "kl_mask": kl_mask}
         names = ", ".join(name for name, value in given.items() if value is not None)
-        fail(f"{names} cannot act on kl=, which is already measured. Pass mu and logvar instead.")
+        fail(f"{names} cannot act on kl=, which is a KL already. Pass mu and logvar instead.")
     if mu is not None:
         float_tensor("mu", mu)
         float_tensor("recon", recon)
         same_device("recon", recon, "mu", mu)
         same_batch(recon, mu)
     elif kl_reduction == "mean":
-        fail('kl_reduction="mean" divides by the number of latents, which kl= does not tell. Pass mu too.')
+        fail('kl_reduction="mean" divides by the number of latents, which kl= does not contain. Pass mu too.')
 
 
-def weight(name: str, value: Any) -> float | Tensor:
-    """beta, recon_weight, capacity: a number of at least 0, as a float, or a 0-dimensional tensor."""
-    if isinstance(value, Tensor):
-        if value.ndim != 0 or not value.is_floating_point():
-            fail(
-                f"{name} must be a float or a 0-dimensional floating point tensor; got {_names([value.dtype])} "
-                f"of shape {tuple(value.shape)}. Pass one value."
-            )
-        return value
-    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, int | float | Real)):
-        raise TypeError(f"{name} must be a float or a 0-dimensional tensor; got {type(value).__name__}.")
-    number = _numbers.number(name, value)
-    if not number >= 0:
-        fail(f"{name} must be 0 or more; got {value!r}. To subtract a term, negate the result instead.")
-    return number
+def beta(value: Any, recon: Tensor) -> tuple[float | Tensor, Tensor | None]:
+    """(the number, [B] or None)"""
+    if not isinstance(value, Tensor) or value.ndim == 0:
+        return weight("beta", value), None
+    float_tensor("recon", recon)
+    float_tensor("beta", value)
+    if value.shape != recon.shape[:1]:
+        fail(
+            f"beta must be a number, a 0-dimensional tensor or of shape [B] = ({recon.shape[0]},); got shape "
+            f"{tuple(value.shape)}. If it is one value, pass beta.reshape(())."
+        )
+    same_device("beta", value, "recon", recon)
+    return 1.0, value
+
+
+def recon_weight(value: Any, recon: Tensor) -> tuple[float | Tensor, Tensor | None]:
+    """(the number, [B] or a map in the shape of recon or None)"""
+    if not isinstance(value, Tensor) or value.ndim == 0:
+        return weight("recon_weight", value), None
+    of_samples, of_elements = per_sample_or_element("recon_weight", value, recon)
+    return 1.0, of_elements if of_samples is None else of_samples
 
 
 def regularizers(free_bits: Any, free_bits_type: type, capacity: Any, capacity_type: type) -> None:
-    for name, value, kind in (("free_bits", free_bits, free_bits_type), ("capacity", capacity, capacity_type)):
-        if value is not None and not isinstance(value, kind):
+    for name, value, cls in (("free_bits", free_bits, free_bits_type), ("capacity", capacity, capacity_type)):
+        if value is not None and not isinstance(value, cls):
             raise TypeError(
-                f"{name} must be None or a {kind.__module__}.{kind.__name__}; got {type(value).__name__}. "
-                f"For example {kind.__name__}(0.5)."
+                f"{name} must be None or a {cls.__module__}.{cls.__name__}; got {kind(value)}. "
+                f"For example {cls.__name__}(0.5)."
             )
 
 
@@ -314,7 +276,7 @@ def overwritable(recon: Tensor, target: Tensor, recon_weight: object, one_pass: 
     if not one_pass or recon.dtype == torch.float16 or target.requires_grad or not _is_nonzero_float(recon_weight):
         fail(
             "inplace=True needs one_pass=True, a recon that is not float16, a target without gradient and a "
-            f"recon_weight that is a float other than 0; got one_pass={one_pass}, {_names([recon.dtype])}, "
+            f"recon_weight that is a float other than 0; got one_pass={one_pass}, {names([recon.dtype])}, "
             f"target.requires_grad={target.requires_grad}, recon_weight={recon_weight!r}. Leave inplace out."
         )
 
@@ -333,23 +295,3 @@ def one_pass_is_right(tensors: ElboTensors, numbers: ElboNumbers, options: ElboO
     one_gradient = not tensors.target.requires_grad and not extra_map
     known = numbers.recon_weight is None and not options.mask_normalize
     return tensors.recon.dtype != torch.float16 and one_gradient and known
-
-
-def logvar_clamp(value: Any) -> Clamp | None:
-    if value is None:
-        return None
-    try:
-        low, high = (float(bound) for bound in value)
-    except (TypeError, ValueError, OverflowError):
-        low = high = math.nan
-    low, high = in_dtype(low, torch.float32), in_dtype(high, torch.float32)  # no variance needs more
-    if not low < high:
-        raise ValueError(
-            f"logvar_clamp must be None or (lo, hi) with lo < hi; got {value!r}. For example (-30.0, 20.0)."
-        )
-    return low, high
-
-
-def fail(message: str) -> NoReturn:
-    """For options whose combination has no meaning."""
-    raise ValueError(message)

@@ -34,22 +34,19 @@ def elbo_of_counts(
     _checks.defined(
         spec.free_bits, spec.capacity_mode, likelihood.mask_normalize, (spec.recon_reduction, spec.kl_reduction)
     )
-    recon = _reconstruction(likelihood, arguments, tensors, numbers, spec)
+    weighed_recon, recon = _reconstruction(likelihood, arguments, tensors, numbers, spec)
     latents = ElboTensors(
         None, None, None, None, *tensors[4:8], kl_mask=tensors.kl_mask, kl=tensors.kl, weight=tensors.weight
-    )
+    )._replace(betas=tensors.betas)
     if latents.kl is None and latents.mu is None:
-        return recon, recon, torch.zeros_like(recon)
+        return weighed_recon, recon, torch.zeros_like(recon)
     if latents.kl is not None:
         _checks.per_sample("kl", latents.kl, tensors.recon)
     spec = spec._replace(likelihood=None, inplace=False)
     function = elbo_with_batch_terms if needs_batch_terms(spec) else elbo
     regularized, _, kl = function(latents, numbers._replace(recon_weight=1.0), spec)  # times beta
     dtype = torch.promote_types(recon.dtype, kl.dtype)
-    recon_weight = in_dtype(numbers.recon_weight, dtype)
-    if isinstance(recon_weight, Tensor) or recon_weight != 1:
-        return regularized + recon_weight * recon, recon.to(dtype), kl.to(dtype)
-    return regularized + recon, recon.to(dtype), kl.to(dtype)
+    return regularized + weighed_recon, recon.to(dtype), kl.to(dtype)
 
 
 def _reconstruction(
@@ -58,15 +55,17 @@ def _reconstruction(
     tensors: ElboTensors,
     numbers: ElboNumbers,
     spec: LossSpec,
-) -> Tensor:
-    """The reconstruction term, before recon_weight."""
+) -> tuple[Tensor, Tensor]:
+    """The reconstruction term with its weights of the loss, and without."""
+    if tensors.weight_map is not None:
+        _checks.fail("recon_weight must be a number or of shape [B] with a likelihood of counts; got a map.")
     counts, options = likelihood.inputs(tensors.recon, tensors.target, tensors.mask, arguments)
     if tensors.weight is not None:
         _checks.per_sample("weight", tensors.weight, tensors.recon)
     likelihood_spec = LikelihoodSpec(ErrorOptions("counts"), mask_normalize=likelihood.mask_normalize)
     of_loss = resolve(spec._replace(likelihood=likelihood_spec), tensors)
     n_selected: float | Tensor = float(math.prod(tensors.recon.shape[1:]))
-    images = ElboTensors(mask=tensors.mask, weight=tensors.weight)
+    images = ElboTensors(mask=tensors.mask, weight=tensors.weight, recon_weights=tensors.recon_weights)
     if counts.mask is not None:
         n_selected = counts.mask.sum(1).to(result_dtype(counts))
 
@@ -74,7 +73,9 @@ def _reconstruction(
         return _row_factors(tensors, n_selected, numbers.recon_weight, of_loss, dtype)
 
     nll = count_nll(counts, options, row_factors, one_pass=spec.one_pass)
-    return reference.combine(nll, n_selected, None, None, images, ElboNumbers(), of_loss)[1]
+    only_recon = ElboNumbers(recon_weight=numbers.recon_weight)
+    loss, recon, _ = reference.combine(nll, n_selected, None, None, images, only_recon, of_loss)
+    return loss, recon
 
 
 @torch.no_grad()
@@ -86,4 +87,6 @@ def _row_factors(
     ones = torch.ones(tensors.recon.shape[0], dtype=dtype, device=tensors.recon.device)
     if tensors.weight is not None:
         ones = tensors.weight.to(dtype)
+    if tensors.recon_weights is not None:
+        ones = ones * tensors.recon_weights.to(dtype)
     return ones * factor

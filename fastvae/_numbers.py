@@ -1,4 +1,4 @@
-"""Numbers that a caller passes, NumPy's scalars included, as Python's own: every check returns what to go on with."""
+"""Checks of numbers, NumPy's scalars included. Each returns the number as a Python float or int."""
 
 import math
 from numbers import Integral, Real
@@ -9,7 +9,7 @@ def number(name: str, value: object) -> float:
     """A float; infinite where a whole number is beyond float64."""
     if type(value) is float:
         return value
-    # the builtin types first: a compiler knows them without looking into abstract classes
+    # builtin types first: torch.compile cannot trace the check of an abstract class
     if isinstance(value, bool) or not isinstance(value, int | float | Real):
         raise TypeError(f"{name} must be a number; got {type(value).__name__}.")
     try:

@@ -1,6 +1,6 @@
 """The posterior as an object: a drop-in for the one of diffusers."""
 
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -75,28 +75,45 @@ class DiagonalGaussian:
         self, generator: torch.Generator | None = None, *, seed: int | Tensor | None = None, offset: int = 0
     ) -> Tensor:
         """Draw a latent, differentiable in mean and logvar; arguments as `reparameterize`."""
-        return self._draw(generator, seed, offset, with_kl=False)[0]
+        return self._draw(generator, seed, offset, None, with_kl=False)[0]
 
     def rsample_kl(
-        self, generator: torch.Generator | None = None, *, seed: int | Tensor | None = None, offset: int = 0
+        self,
+        generator: torch.Generator | None = None,
+        *,
+        prior: "DiagonalGaussian | tuple[Tensor, Tensor] | None" = None,
+        seed: int | Tensor | None = None,
+        offset: int = 0,
     ) -> tuple[Tensor, Tensor]:
-        """Draw a latent and measure the KL from N(0, I) in one pass: (z, [B] in nats).
+        """Draw a latent and measure the KL from a prior in one pass: (z, [B] in nats).
+
+        prior: N(0, I) if None; another posterior, or its (mean, logvar), which gets gradients. Infinite KL if it is
+        deterministic and this is not.
 
         After `from_moments` the gradient is one packed tensor, written in place of its halves: no concatenation.
         Arguments as `reparameterize_kl`.
         """
-        z, kl = self._draw(generator, seed, offset, with_kl=True)
+        if isinstance(prior, DiagonalGaussian):
+            if prior.deterministic or self.deterministic:
+                return self.sample(generator, seed=seed, offset=offset), self.kl(prior)
+            prior = prior.mean, prior.logvar
+        z, kl = self._draw(generator, seed, offset, prior, with_kl=True)
         assert kl is not None
         return z, kl
 
     def _draw(
-        self, generator: torch.Generator | None, seed: int | Tensor | None, offset: int, *, with_kl: bool
+        self,
+        generator: torch.Generator | None,
+        seed: int | Tensor | None,
+        offset: int,
+        prior: tuple[Tensor, Tensor] | None,
+        *,
+        with_kl: bool,
     ) -> tuple[Tensor, Tensor | None]:
         if self.deterministic:
             return self.mean, self.kl() if with_kl else None
-        return sampling.sample(
-            self.mean, self._logvar, generator, seed, offset, self._clamp, with_kl=with_kl, packed=self._packed
-        )
+        options: Any = {"with_kl": with_kl, "packed": self._packed, "prior": prior}
+        return sampling.sample(self.mean, self._logvar, generator, seed, offset, self._clamp, **options)
 
     def kl(self, other: "DiagonalGaussian | None" = None) -> Tensor:
         """KL(self || other), [B] in nats; other: N(0, I) if None.

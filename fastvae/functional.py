@@ -1,9 +1,8 @@
 """The public functions."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from fastvae_kernels.types import Clamp, ElboNumbers, ElboTensors
@@ -11,13 +10,21 @@ from fastvae_kernels.types import Clamp, ElboNumbers, ElboTensors
 from . import _checks
 from ._batch_terms import elbo_with_batch_terms, needs_batch_terms
 from ._count_terms import elbo_of_counts
-from ._numbers import is_integer
-from ._seeds import noise_source
-from .likelihoods import SPECS, CountLikelihood, Likelihood, LikelihoodSpec, resolve_likelihood
+from .likelihoods import SPECS, CountLikelihood, Likelihood, LikelihoodSpec, extra_errors, resolve_likelihood
 from .ops._elbo_plan import LossSpec
 from .ops.elbo import elbo
 from .regularizers import Capacity, FreeBits
-from .sampling import philox, sample
+from .sampling import philox_normal, reparameterize, reparameterize_kl
+
+__all__ = [
+    "VAELossTerms",
+    "gaussian_kl",
+    "philox_normal",
+    "reconstruction_loss",
+    "reparameterize",
+    "reparameterize_kl",
+    "vae_loss",
+]
 
 Prior = tuple[Tensor, Tensor]
 
@@ -28,68 +35,6 @@ class VAELossTerms(NamedTuple):
     loss: Tensor
     recon: Tensor
     kl: Tensor
-
-
-def reparameterize(
-    mu: Tensor,
-    logvar: Tensor,
-    *,
-    noise: Tensor | None = None,
-    generator: torch.Generator | None = None,
-    seed: int | Tensor | None = None,
-    offset: int = 0,
-    logvar_clamp: Clamp | None = None,
-) -> Tensor:
-    """Draw z = mu + exp(logvar / 2) * noise, noise ~ N(0, I), differentiable in mu and logvar.
-
-    Args, errors and source as `reparameterize_kl`.
-
-    Returns:
-        z: shape of `mu`, promoted dtype of `mu` and `logvar`.
-    """
-    return sample(mu, logvar, generator, seed, offset, logvar_clamp, with_kl=False, noise=noise)[0]
-
-
-def reparameterize_kl(
-    mu: Tensor,
-    logvar: Tensor,
-    *,
-    noise: Tensor | None = None,
-    generator: torch.Generator | None = None,
-    seed: int | Tensor | None = None,
-    offset: int = 0,
-    logvar_clamp: Clamp | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Draw a latent and measure its posterior's KL from N(0, I), in one pass over memory.
-
-        z  = mu + exp(logvar / 2) * noise,  noise ~ N(0, I)
-        kl = sum over each sample of (mu^2 + exp(logvar) - 1 - logvar) / 2
-
-    Args:
-        mu: Posterior mean, [B, ...]; float64, float32, bfloat16 or float16; any strides.
-        logvar: Log of the posterior variance; shape and device of `mu`.
-        noise: The noise itself: shape and device of `mu`, any floating point dtype. It gets no gradient: only `mu` and
-            `logvar` do. On every backend the sample is then computed by PyTorch operations.
-        generator: Source of the noise; torch's default one of the device if neither noise nor seed is given.
-        seed: int or one-element int64 tensor on the device of `mu`. Makes the noise a function of (seed, element): the
-            same on every device, backend, dtype and memory layout. Its stream is Philox4x32-10.
-        offset: Position in the seed's stream of the first element, counted in elements: a rank or micro-batch that
-            holds part of a larger batch draws what the whole batch would draw there.
-        logvar_clamp: None, or (lo, hi): logvar is clamped first; its gradient is zero outside, as torch.clamp's.
-
-    Returns:
-        z: shape of `mu`, promoted dtype of `mu` and `logvar`.
-        kl: [B], nats; float64 if an input is, else float32.
-
-    Raises:
-        ValueError: shapes or devices differ; two of noise, generator, seed; offset without seed; bounds out of order.
-        TypeError: not a floating point tensor; a seed that is neither int nor tensor.
-
-    Source: Kingma & Welling, Auto-Encoding Variational Bayes, arXiv:1312.6114, section 2.4 and appendix B.
-    """
-    z, kl = sample(mu, logvar, generator, seed, offset, logvar_clamp, with_kl=True, noise=noise)
-    assert kl is not None
-    return z, kl
 
 
 def gaussian_kl(
@@ -172,7 +117,8 @@ def reconstruction_loss(
     Args:
         recon: The decoder's output, [B, ...]; float64, float32, bfloat16 or float16; any strides.
         target: Shape and device of `recon`; floating point, or uint8, which stands for value / 255.
-        likelihood, weight, mask, extra, likelihood_args: As in `vae_loss`.
+        likelihood, weight, mask, extra, likelihood_args: As in `vae_loss`. A weight of each element is `recon_weight`
+            there.
         reduction: "batchmean": sum over all, divided by B; "sum"; "mean": divided by the number of elements; "none":
             [B].
 
@@ -191,9 +137,12 @@ def reconstruction_loss(
         tensors = ElboTensors(recon, target, mask=mask, weight=weight)
         return elbo_of_counts(likelihood, likelihood_args, tensors, ElboNumbers(), spec)[1]
     _checks.no_likelihood_args(likelihood_args)
-    likelihood_spec, log_scale, sample_log_scale, extra, extra_map = resolve_likelihood(likelihood, recon, extra, mask)
-    images = ElboTensors(recon, target, log_scale, extra_map, mask=mask)
-    tensors = images._replace(weight=weight, extra=extra, sample_log_scale=sample_log_scale)
+    resolved = resolve_likelihood(likelihood, recon, target, mask)
+    recon, target, likelihood_spec, log_scale, sample_log_scale = resolved
+    tensors = ElboTensors(recon, target, log_scale, mask=mask, weight=weight, sample_log_scale=sample_log_scale)
+    if extra is not None:
+        of_samples, of_elements = extra_errors(extra, recon, log_scale)
+        tensors = tensors._replace(extra=of_samples, extra_map=of_elements)
     spec = LossSpec(likelihood_spec, _checks.reduction(reduction), reduction, one_pass=True)
     function = elbo_with_batch_terms if needs_batch_terms(spec) else elbo
     return function(tensors, ElboNumbers(), spec)[1]
@@ -236,13 +185,18 @@ def vae_loss(
         kl: [B], from `reparameterize_kl`, which already measured it: the KL is then taken from it alone, and `mu`, if
             given too, only supplies the element count of kl_reduction="mean".
         beta: Weight of the KL: a number of at least 0, or a 0-d tensor on the inputs' device, which may change between
-            steps without a sync or a recompilation; the backward pass uses the value that the forward pass saw.
+            steps without a sync or a recompilation; the backward pass uses the value that the forward pass saw. [B]:
+            one weight per sample.
         likelihood: "l2", "l1", "huber", "smooth_l1", "log_cosh", "bernoulli" (logits), "bernoulli_probs", or an object
-            of `fastvae.likelihoods`, where their formulas are.
+            of `fastvae.likelihoods`, where their formulas are. Or a function (recon, target) -> error of each element,
+            in plain PyTorch, which autograd differentiates: slower, see `fastvae.likelihoods.Custom`.
         reduction: "batchmean": sum over elements, mean over the batch; "sum"; "mean": each term over its own elements;
             "none": [B].
         recon_reduction, kl_reduction: Override `reduction` for one term.
-        recon_weight: Weight of the reconstruction term; as `beta`.
+        recon_weight: Weight of the reconstruction alone: a number or a 0-d tensor, as `beta`; [B]; or a tensor that
+            broadcasts to recon's shape, whose elements multiply the error of each element, scale and constants of the
+            likelihood included. Divisors stay as they are. A tensor of shape [B] always has one weight per sample. A
+            map that requires a gradient itself takes the reference formula, which is slower.
         logvar_clamp: None, or (lo, hi): logvar is clamped first; its gradient is zero outside, as torch.clamp's.
         free_bits: `fastvae.regularizers.FreeBits`: KL that costs nothing.
         capacity: `fastvae.regularizers.Capacity`: |KL - capacity| in place of the KL, after free bits.
@@ -254,8 +208,9 @@ def vae_loss(
             is 0. The KL is not masked.
         kl_mask: bool, broadcasts to mu's shape: latents outside count as 0 in the KL and get no gradient of it, even
             if they are NaN. Free bits and capacity apply to what remains. The divisor stays as it is.
-        extra: [B]: is added to the error of every element, within the likelihood's scale (D times in all); a term that
-            counts once is extra / D.
+        extra: [B] or [B, 1, ...]: is added to the error of every element of a sample, within the likelihood's scale,
+            so it counts D times, D elements in a sample; see the first example. Or a map that broadcasts to recon's
+            shape, added element by element.
         one_pass: Let the forward pass write recon's gradient, where that is right (12 bytes a float32 pixel instead of
             20). It holds a buffer of recon's size from the forward pass on; False computes the gradient in the
             backward pass.
@@ -266,6 +221,15 @@ def vae_loss(
             {"log_library": ..., "index": ...}; they take precedence over those that the likelihood holds. With these
             likelihoods, extra and inplace are errors, and the target are counts of any dtype, dense or CSR.
 
+    Examples:
+        A perceptual distance of each image, [B], added once per image: extra / D, D = the elements of an image.
+
+        >>> terms = fastvae.vae_loss(recon, x, kl=kl, extra=0.1 * lpips(recon, x).flatten() / x[0].numel())
+
+        The same added to each pixel's error, as the autoencoder loss of latent diffusion does:
+
+        >>> terms = fastvae.vae_loss(recon, x, kl=kl, likelihood=Scaled("l1", s), extra=lpips(recon, x))
+
     Returns:
         VAELossTerms(loss, recon, kl): 0-d, or [B] for "none"; float64 if any tensor but the mask is, weights and the
         likelihood's scale included, else float32. Each is differentiable. `recon` is after likelihood, weight, mask,
@@ -275,8 +239,8 @@ def vae_loss(
         ValueError: shapes or devices differ; unknown likelihood or reduction; one term "none" and the other not;
             neither kl nor mu and logvar; kl with logvar, with kl_reduction="mean" and no mu, or with what acts on its
             elements (logvar_clamp, prior, free bits by dimension); inplace with a leaf, with overlapping memory, or
-            where one pass is not right; a negative number as beta or recon_weight; an option that a "none"
-            reduction leaves without a meaning.
+            where one pass is not right; a negative number as beta or recon_weight; a beta of [B] with free bits or a
+            capacity of the batch; an option that a "none" reduction leaves without a meaning.
         TypeError: not a floating point tensor (or uint8, for `target`); beta or recon_weight not a number; a mask that
             is not bool.
         RuntimeError: inplace and a second backward pass, or an earlier operation needs the overwritten output (sigmoid,
@@ -284,9 +248,8 @@ def vae_loss(
 
     Source: Kingma & Welling, arXiv:1312.6114, eq. 10; beta: Higgins et al., beta-VAE, ICLR 2017.
     """
-    n_latents = capacity_nats = capacity_mode = prior_mu = prior_logvar = log_scale = sample_log_scale = extra_map = (
-        None
-    )
+    n_latents = capacity_nats = capacity_mode = prior_mu = prior_logvar = log_scale = sample_log_scale = None
+    betas = recon_weights = extra_map = None
     if kl is not None:
         _checks.kl_given(recon, mu, logvar, prior, logvar_clamp, free_bits, kl_mask, kl_reduction or reduction)
         n_latents, mu = None if mu is None else mu.numel(), None
@@ -310,19 +273,22 @@ def vae_loss(
     if type(likelihood) is str and likelihood in SPECS:
         spec_of_likelihood = likelihood
     elif not isinstance(likelihood, CountLikelihood):
-        resolved = resolve_likelihood(likelihood, recon, extra, mask)
-        spec_of_likelihood, log_scale, sample_log_scale, extra, extra_map = resolved
+        resolved = resolve_likelihood(likelihood, recon, target, mask, inplace=inplace)
+        recon, target, spec_of_likelihood, log_scale, sample_log_scale = resolved
     if type(beta) is not float or not beta >= 0:
-        beta = _checks.weight("beta", beta)
+        beta, betas = _checks.beta(beta, recon)
     if type(recon_weight) is not float or not recon_weight >= 0:
-        recon_weight = _checks.weight("recon_weight", recon_weight)
+        recon_weight, recon_weights = _checks.recon_weight(recon_weight, recon)
+    if extra is not None:
+        extra, extra_map = extra_errors(extra, recon, log_scale)
     if logvar_clamp is not None:
         logvar_clamp = _checks.logvar_clamp(logvar_clamp)
     # in the order of LossSpec, ElboTensors and ElboNumbers
     reductions = recon_reduction or reduction, kl_reduction or reduction
     spec = (spec_of_likelihood, *reductions, logvar_clamp, free_bits, capacity_mode, one_pass, inplace, n_latents)
     images = recon, target, log_scale, extra_map
-    tensors = (*images, mu, logvar, prior_mu, prior_logvar, mask, kl_mask, kl, weight, extra, sample_log_scale)
+    of_samples = kl, weight, extra, sample_log_scale, betas, recon_weights
+    tensors = (*images, mu, logvar, prior_mu, prior_logvar, mask, kl_mask, *of_samples)
     numbers = beta, recon_weight, capacity_nats
     if isinstance(likelihood, CountLikelihood):
         if kl is None:
@@ -331,40 +297,3 @@ def vae_loss(
     if needs_batch_terms(spec):
         return VAELossTerms(*elbo_with_batch_terms(tensors, numbers, spec))
     return VAELossTerms(*elbo(tensors, numbers, spec))
-
-
-def philox_normal(
-    shape: int | Sequence[int],
-    *,
-    seed: int | Tensor,
-    offset: int = 0,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str | None = None,
-) -> Tensor:
-    """The noise of seeded sampling itself: standard normals as a pure function of (seed, element).
-
-    Normal i of the stream is number i mod 4 of counter i // 4 of Philox4x32-10 under the key `seed` mod 2^64, by
-    Box-Muller. The random words are equal on every device and backend, the normals equal within 1e-6.
-
-    Args:
-        shape: Shape of the result.
-        seed: int or one-element int64 tensor on `device`.
-        offset: Position in the stream of the first element.
-        dtype: Floating point dtype; the normals are float32 values rounded to it.
-        device: Default: the seed tensor's device, else torch's default device.
-
-    Raises:
-        ValueError: seed tensor of another shape, dtype or device; negative offset.
-        TypeError: dtype not floating point; seed neither int nor tensor.
-
-    Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC11; Box & Muller, 1958.
-    """
-    if device is None and isinstance(seed, Tensor):
-        device = seed.device
-    like = torch.empty(0, dtype=dtype, device=device)
-    _checks.float_tensor("the noise", like)
-    checked, offset = noise_source(like, None, seed, offset)
-    assert checked is not None
-    sizes: Any = [shape] if is_integer(shape) else shape
-    size = torch.Size([int(side) for side in sizes])
-    return philox(size, checked, offset, dtype, like)

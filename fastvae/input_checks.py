@@ -8,7 +8,7 @@ from torch import Tensor
 from . import _checks
 from ._dtypes import compute_dtype
 from .likelihood_counts import CountLikelihood, checked_counts
-from .likelihoods import L1, L2, Bernoulli, BernoulliProbs, Elementwise, Gaussian, Likelihood, Scaled, resolve
+from .likelihoods import Elementwise, Likelihood, resolve
 
 MOST_OF_SCALED = 16.0  # images of floats that reach further were not divided by 255
 
@@ -75,7 +75,7 @@ def check_inputs(
         >>> assert report.ok, str(report)
     """
     resolved = resolve(likelihood)
-    base = resolved.base if isinstance(resolved, Gaussian | Scaled) else resolved
+    base = resolved if isinstance(resolved, CountLikelihood) else resolved.base
     if isinstance(base, CountLikelihood):
         counts = checked_counts(target, recon)
         target = (counts if counts.layout == torch.strided else counts.values()).to(torch.float64)
@@ -146,8 +146,7 @@ def _judge_counts(target: _Values, counts: Tensor) -> tuple[dict[str, int], dict
 
 def _judge(recon: _Values, target: _Values, base: Elementwise) -> tuple[dict[str, int], dict[str, int], list[str]]:
     """(values out of range, suspicious ones, warnings of both)."""
-    of_logits = isinstance(base, Bernoulli) or (isinstance(base, L1 | L2) and base.from_logits)
-    of_probabilities = isinstance(base, BernoulliProbs)
+    of_logits, of_probabilities = base.expects == "logits", base.expects == "probabilities"
     out_of_range, suspicious = {"recon": 0, "target": 0}, {"recon": 0, "target": 0}
     warnings = []
     if of_probabilities and (outside := recon.below + recon.above):
@@ -161,11 +160,7 @@ def _judge(recon: _Values, target: _Values, base: Elementwise) -> tuple[dict[str
         warnings.append(
             f"recon has values from {recon.least:g} to {recon.largest:g} only, which look like probabilities, but the "
             "likelihood takes logits. Remove the sigmoid at the end of the decoder"
-            + (
-                ', or use likelihood="bernoulli_probs".'
-                if isinstance(base, Bernoulli)
-                else ", or leave out from_logits."
-            )
+            + (', or use likelihood="bernoulli_probs".' if base.name == "bernoulli" else ", or leave out from_logits.")
         )
     is_byte = target.below == 0 and MOST_OF_SCALED < target.largest <= 255
     if is_byte and (of_logits or of_probabilities or recon.largest <= MOST_OF_SCALED):

@@ -260,7 +260,7 @@ class Poisson(CountLikelihood):
 class Multinomial(CountLikelihood):
     """Multinomial counts: -sum of x log(softmax(recon)) over a sample, in nats without the multinomial coefficient.
 
-    The coefficient, lgamma(sum of x + 1) - sum of lgamma(x + 1), does not depend on the model.
+    The coefficient, lgamma(sum of x + 1) - sum of lgamma(x + 1), does not depend on the model. `iwae_loss` counts it.
 
     Args:
         mask_normalize: As in `NegativeBinomial`, as are recon and target.

@@ -1,201 +1,31 @@
-"""What a reconstruction's error is: `vae_loss(..., likelihood=...)` takes a name or an object of this module.
-
-e is the error of one element, x' the reconstruction, x the target; a loss adds e up. In nats where a docstring says so.
-"""
+"""What a reconstruction's error is: `vae_loss(..., likelihood=...)` takes a name or an object of this module."""
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
-
-from fastvae_kernels.types import ErrorOptions
+from torch import Tensor, nn
 
 from . import _checks, _numbers
+from ._custom import Custom as Custom
+from ._elementwise import L1 as L1
+from ._elementwise import L2 as L2
+from ._elementwise import NAMED as NAMED
+from ._elementwise import Bernoulli as Bernoulli
+from ._elementwise import BernoulliProbs as BernoulliProbs
+from ._elementwise import Huber as Huber
+from ._elementwise import LogCosh as LogCosh
+from ._elementwise import SmoothL1 as SmoothL1
+from ._likelihood_base import BYTE_SCALE
+from ._likelihood_base import Elementwise as Elementwise
+from ._likelihood_base import LikelihoodSpec as LikelihoodSpec
 from ._modules import KeepsPrecision
 from .likelihood_counts import CountLikelihood as CountLikelihood
 from .likelihood_counts import Multinomial as Multinomial
 from .likelihood_counts import NegativeBinomial as NegativeBinomial
 from .likelihood_counts import Poisson as Poisson
-from .reference import BYTE_SCALE, compute_dtype, soft_lower_bound
-
-
-class LikelihoodSpec(NamedTuple):
-    """A likelihood without its tensors; hashable. See `ElboOptions` for what is computed of it."""
-
-    error: ErrorOptions
-    factor: float = 1.0  # on the error
-    mask_normalize: bool = False
-    nll_weight: float = 1.0
-    constant: float = 0.0
-    softclip: float | None = None
-    log_scale: float = 0.0  # if it is fixed
-    optimal_scale: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Elementwise:
-    """An error that each element has by itself.
-
-    Args:
-        target_scale, target_shift: A uint8 target stands for value * target_scale + target_shift.
-        mask_normalize: Divide by the number of elements that the mask selects instead of by the batch ("batchmean") or
-            by the number of all elements ("mean").
-    """
-
-    target_scale: float = BYTE_SCALE
-    target_shift: float = 0.0
-    mask_normalize: bool = False
-
-    def __post_init__(self) -> None:
-        self._hold(_numbers.finite, "target_scale", "target_shift")
-
-    def _hold(self, check: Callable[[str, object], float], *names: str) -> None:
-        """Replace fields by what a check makes of them."""
-        for name in names:
-            object.__setattr__(self, name, check(name, getattr(self, name)))
-
-    @property
-    def error(self) -> ErrorOptions:
-        """The pair of functions that the backends hold, and its constants."""
-        return ErrorOptions(self._pair, self._parameter, self.target_scale, self.target_shift)
-
-    @property
-    def spec(self) -> LikelihoodSpec:
-        return LikelihoodSpec(self.error, float(self.factor), self.mask_normalize)
-
-    # plain class variables and properties: dynamo traces no super() in a property
-    _pair: ClassVar[Any]
-    _parameter: ClassVar[Any] = 1.0
-    factor: ClassVar[Any] = 1.0  # what the pair's error is multiplied by
-
-
-@dataclass(frozen=True)
-class _OfMeans(Elementwise):
-    """An error of x', or of sigmoid(x') if `from_logits`."""
-
-    from_logits: bool = False
-
-    _name: ClassVar[str]
-
-    @property
-    def _pair(self) -> str:
-        return f"{self._name}_of_logits" if self.from_logits else self._name
-
-
-@dataclass(frozen=True)
-class L2(_OfMeans):
-    """e = (x' - x)^2: nats of a Gaussian decoder of variance 1/2, without its constant ½ log(pi) an element.
-
-    Args:
-        from_logits: x' is sigmoid(recon); the sigmoid is folded into the loss.
-    """
-
-    _name = "l2"
-
-
-@dataclass(frozen=True)
-class L1(_OfMeans):
-    """e = |x' - x|: nats of a Laplace decoder of scale 1, without its constant log(2) an element. Gradient 0 at 0.
-
-    Args:
-        from_logits: x' is sigmoid(recon); the sigmoid is folded into the loss.
-    """
-
-    _name = "l1"
-
-
-@dataclass(frozen=True)
-class Huber(Elementwise):
-    """e = ½ d^2 where |d| = |x' - x| <= delta, else delta (|d| - ½ delta), as torch.nn.functional.huber_loss.
-
-    Raises:
-        ValueError: delta is not positive.
-    """
-
-    delta: float = 1.0
-    _pair = "huber"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._hold(_numbers.positive, "delta")
-
-    @property
-    def _parameter(self) -> float:
-        return self.delta
-
-
-@dataclass(frozen=True)
-class SmoothL1(Elementwise):
-    """e = ½ d^2 / beta where |d| = |x' - x| < beta, else |d| - ½ beta, as torch.nn.functional.smooth_l1_loss.
-
-    Raises:
-        ValueError: beta is negative; 0 is L1.
-    """
-
-    beta: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._hold(_numbers.number if self.beta == 0 else _numbers.positive, "beta")
-
-    @property
-    def _pair(self) -> str:
-        return "huber" if self.beta else "l1"
-
-    @property
-    def _parameter(self) -> float:
-        return self.beta
-
-    @property
-    def factor(self) -> float:
-        return 1.0 / self.beta if self.beta else 1.0
-
-
-@dataclass(frozen=True)
-class LogCosh(Elementwise):
-    """e = log(cosh(alpha d)) / alpha, d = x' - x, as |d| + log1p(exp(-2 alpha |d|)) / alpha - log(2) / alpha: finite.
-
-    Raises:
-        ValueError: alpha is not positive.
-
-    Source: Chen et al., Log Hyperbolic Cosine Loss Improves Variational Auto-Encoder, 2018.
-    """
-
-    alpha: float = 1.0
-    _pair = "log_cosh"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._hold(_numbers.positive, "alpha")
-
-    @property
-    def _parameter(self) -> float:
-        return self.alpha
-
-    @property
-    def factor(self) -> float:
-        return 1.0 / self.alpha
-
-
-@dataclass(frozen=True)
-class Bernoulli(Elementwise):
-    """e = softplus(x') - x' x, x' the logits: nats, as torch.nn.functional.binary_cross_entropy_with_logits."""
-
-    _pair = "bernoulli"
-
-
-@dataclass(frozen=True)
-class BernoulliProbs(Elementwise):
-    """e = -x log(x') - (1 - x) log(1 - x'), x' probabilities: nats, as torch.nn.functional.binary_cross_entropy.
-
-    As there, a logarithm is at least -100, and the gradient divides by at least 1e-12. Values of x' outside [0, 1] are
-    not looked for, which would cost a sync.
-    """
-
-    _pair = "bernoulli_probs"
+from .reference import compute_dtype, soft_lower_bound
 
 
 class _WithScale(KeepsPrecision):
@@ -207,7 +37,8 @@ class _WithScale(KeepsPrecision):
         super().__init__()
         self.base = base
         # a Parameter is trained and saved with the loss, a constant tensor moves with it
-        if isinstance(log_scale, Tensor) and not log_scale.requires_grad:
+        frozen = isinstance(log_scale, nn.Parameter)  # may be trained later
+        if isinstance(log_scale, Tensor) and not log_scale.requires_grad and not frozen:
             self.register_buffer("log_scale", log_scale)
         else:
             self.log_scale = log_scale
@@ -222,7 +53,7 @@ class _WithScale(KeepsPrecision):
     @property
     def spec(self) -> LikelihoodSpec:
         return LikelihoodSpec(
-            self.base.error,
+            self.base.spec.error,
             float(self.base.factor),
             self.base.mask_normalize,
             self.nll_weight,
@@ -276,6 +107,10 @@ class Gaussian(_WithScale):
         self.constant = 0.5 * math.log(2 * math.pi) if full else 0.0
         self.softclip = None if softclip is None else _numbers.finite("softclip", softclip)
 
+    @property
+    def log_normalizer(self) -> float:
+        return 0.5 * math.log(2 * math.pi) - self.constant
+
     def extra_repr(self) -> str:
         return f"logvar={_shown(self.log_scale)}, full={self.constant != 0}, softclip={self.softclip}"
 
@@ -284,7 +119,7 @@ class Scaled(_WithScale):
     """e / exp(s) + s for each element, e that of `base`, as the autoencoder loss of latent diffusion.
 
     Args:
-        base: A name or an elementwise likelihood.
+        base: A name, an elementwise likelihood or a function, as the likelihood of `vae_loss`.
         log_scale: s: as the logvar of `Gaussian`, without "optimal".
 
     Raises:
@@ -293,7 +128,9 @@ class Scaled(_WithScale):
     Source: Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Models, arXiv:2112.10752, the code.
     """
 
-    def __init__(self, base: str | Elementwise, log_scale: float | Tensor = 0.0) -> None:
+    def __init__(
+        self, base: str | Elementwise | Callable[[Tensor, Tensor], Tensor], log_scale: float | Tensor = 0.0
+    ) -> None:
         resolved = resolve(base)
         if not isinstance(resolved, Elementwise):
             raise TypeError(
@@ -302,56 +139,68 @@ class Scaled(_WithScale):
             )
         super().__init__(resolved, _checks.log_scale("log_scale", log_scale), nll_weight=1.0)
 
+    @property
+    def log_normalizer(self) -> float | None:
+        return self.base.log_normalizer if isinstance(self.base, L1) else None
+
     def extra_repr(self) -> str:
         return f"base={self.base}, log_scale={_shown(self.log_scale)}"
 
 
-Likelihood = Elementwise | Gaussian | Scaled | CountLikelihood
+Likelihood = Elementwise | Gaussian | Scaled | CountLikelihood | Callable[[Tensor, Tensor], Tensor]
 
-NAMED: dict[str, Elementwise] = {
-    "l2": L2(),
-    "l1": L1(),
-    "huber": Huber(),
-    "smooth_l1": SmoothL1(),
-    "log_cosh": LogCosh(),
-    "bernoulli": Bernoulli(),
-    "bernoulli_probs": BernoulliProbs(),
+# names of other libraries
+SYNONYMS = {
+    "mse": "'l2'",
+    "mae": "'l1'",
+    "bce": "'bernoulli' for logits, or 'bernoulli_probs' for probabilities",
+    "bce_with_logits": "'bernoulli'",
+    "gaussian": "fastvae.likelihoods.Gaussian(logvar), or 'l2' for a variance of 1/2 without its constant",
+    "laplace": "fastvae.likelihoods.Scaled('l1', log_scale), or 'l1' for a scale of 1 without its constant",
+    "scaled": "fastvae.likelihoods.Scaled('l2', log_scale)",
 }
-
-
+SYNONYMS["normal"] = SYNONYMS["gaussian"]
 SPECS = {name: likelihood.spec for name, likelihood in NAMED.items()}
 _NAMES = {spec: name for name, spec in reversed(SPECS.items())}
 
 
 class Resolved(NamedTuple):
-    """A likelihood, and an extra error, for images of one shape."""
+    """A likelihood for images of one shape."""
 
+    recon: Tensor  # both as given, or errors in place of the reconstruction
+    target: Tensor
     spec: str | LikelihoodSpec  # a name, if it is one of `SPECS`: equal spellings share a plan
     log_scale: Tensor | None = None  # in the shape of recon
     sample_log_scale: Tensor | None = None  # 0-d or [B]
-    extra: Tensor | None = None  # [B]
-    extra_map: Tensor | None = None  # in the shape of recon
 
 
 def resolve_likelihood(
-    likelihood: str | Likelihood, recon: Tensor, extra: Tensor | None = None, mask: Tensor | None = None
+    likelihood: str | Likelihood, recon: Tensor, target: Tensor, mask: Tensor | None = None, *, inplace: bool = False
 ) -> Resolved:
     """What a loss is given of a likelihood.
 
     Raises:
-        ValueError, TypeError: unknown name; no likelihood; a scale that does not fit.
+        ValueError, TypeError: unknown name; no likelihood; a scale that does not fit; a function that does not.
     """
     likelihood = resolve(likelihood)
     assert not isinstance(likelihood, CountLikelihood)  # which have an op of their own
     spec = likelihood.spec
-    if isinstance(likelihood, Elementwise) and spec in _NAMES:
-        return Resolved(_NAMES[spec], None, None, extra)
+    if isinstance(likelihood.base, Custom):
+        if inplace:
+            _checks.fail(
+                "inplace=True needs a likelihood whose gradient fastvae computes; got a function. Leave it out."
+            )
+        _checks.images(recon, target)
+        recon = likelihood.base.errors(recon, target, mask)
+        target = recon.detach()  # not looked at
+    elif isinstance(likelihood, Elementwise) and spec in _NAMES:
+        return Resolved(recon, target, _NAMES[spec])
     log_scale = likelihood.log_scale if isinstance(likelihood, _WithScale) else None
     if not isinstance(log_scale, Tensor):
-        return Resolved(spec, None, None, extra)
+        return Resolved(recon, target, spec)
     _checks.same_device("the likelihood's scale", log_scale, "recon", recon)
     if log_scale.numel() == 1 or log_scale.shape in (recon.shape[:1], (*recon.shape[:1], *[1] * (recon.ndim - 1))):
-        return Resolved(spec, None, log_scale.reshape(() if log_scale.numel() == 1 else -1), extra)
+        return Resolved(recon, target, spec, None, log_scale.reshape(() if log_scale.numel() == 1 else -1))
     if spec.factor != 1 or spec.softclip is not None:  # more than the op acts on it: round once
         log_scale = log_scale.to(compute_dtype(log_scale))
     log_scale = _checks.expanded("the likelihood's scale", log_scale, "recon", recon)
@@ -363,29 +212,40 @@ def resolve_likelihood(
         log_scale = log_scale - math.log(factor)
         constant = spec.constant + spec.nll_weight * math.log(factor)
         spec = spec._replace(factor=1.0, constant=constant)
-    extra_map = None
-    if extra is not None:  # divided by a scale that each element has, which holds the factor
-        _checks.per_sample("extra", extra, recon)
-        extra_map = extra.to(compute_dtype(extra)) / factor
-        extra_map = extra_map.reshape(-1, *[1] * (recon.ndim - 1)).expand(recon.shape)
-    return Resolved(spec, log_scale, None, None, extra_map)
+    return Resolved(recon, target, spec, log_scale)
 
 
-def resolve(likelihood: str | Likelihood) -> Likelihood:
-    """The likelihood of this name, or the object itself.
+def extra_errors(extra: Tensor, recon: Tensor, log_scale: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """([B], None), or (None, a map in the shape of recon): always a map where each element has a scale of its own."""
+    of_samples, of_elements = _checks.per_sample_or_element("extra", extra, recon)
+    if of_samples is None or log_scale is None:
+        return of_samples, of_elements
+    wide = of_samples.to(compute_dtype(of_samples))  # its gradient is a sum, which is rounded once
+    return None, wide.reshape(-1, *[1] * (recon.ndim - 1)).expand(recon.shape)
+
+
+def resolve(likelihood: str | Likelihood) -> Elementwise | Gaussian | Scaled | CountLikelihood:
+    """The likelihood of this name, the object itself, or `Custom` of a function.
 
     Raises:
         ValueError: unknown name. TypeError: something else.
     """
     if isinstance(likelihood, str):
-        _checks.choice("likelihood", likelihood, NAMED)
+        _checks.choice("likelihood", likelihood, NAMED, SYNONYMS)
         return NAMED[likelihood]
-    if not isinstance(likelihood, Elementwise | _WithScale | CountLikelihood):
+    if isinstance(likelihood, Elementwise | Gaussian | Scaled | CountLikelihood):
+        return likelihood
+    if isinstance(likelihood, type):
         raise TypeError(
-            f"likelihood must be a name or an object of fastvae.likelihoods; got {type(likelihood).__name__}. "
-            f"Names are {', '.join(map(repr, NAMED))}."
+            f"likelihood must be a name, an object or a function; got {_checks.kind(likelihood)}. Pass "
+            f"{likelihood.__name__}(...)."
         )
-    return likelihood
+    if not callable(likelihood):
+        raise TypeError(
+            f"likelihood must be a name, an object of fastvae.likelihoods or a function (recon, target) -> errors; got "
+            f"{type(likelihood).__name__}. Names are {', '.join(map(repr, NAMED))}."
+        )
+    return Custom(likelihood)
 
 
 def _shown(log_scale: object) -> str:

@@ -32,7 +32,8 @@ class VAELoss(KeepsPrecision):
             `loss.parameters()` to the optimizer.
         reduction: "batchmean", "sum", "mean" or "none".
         return_terms: Return VAELossTerms(loss, recon, kl) instead of the loss alone.
-        recon_reduction, kl_reduction, recon_weight, logvar_clamp, free_bits, one_pass, inplace: As in `vae_loss`.
+        recon_weight: As in `vae_loss`; a tensor, such as a weight of each channel, is kept as a buffer.
+        recon_reduction, kl_reduction, logvar_clamp, free_bits, one_pass, inplace: As in `vae_loss`.
         capacity: As in `vae_loss`; its nats may be a schedule.
         accumulate: Micro-batches whose gradients add up before a step: the loss, not its terms, is divided by it,
             within the forward pass, so the upstream gradient stays 1. A last micro-batch of b samples instead of B
@@ -117,6 +118,8 @@ class VAELoss(KeepsPrecision):
         number: float | Tensor | Schedule = value
         if isinstance(value, Schedule):
             _checks.weight(f"{name}'s smallest value", min(value.start, value.end))
+        elif isinstance(value, Tensor) and value.ndim and name != "capacity_nats":
+            _checks.float_tensor(name, value)
         else:
             number = _checks.weight(name, value)
         if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
@@ -133,6 +136,7 @@ class VAELoss(KeepsPrecision):
         *,
         kl: Tensor | None = None,
         beta: float | Tensor | None = None,
+        recon_weight: float | Tensor | None = None,
         prior: Prior | None = None,
         weight: Tensor | None = None,
         mask: Tensor | None = None,
@@ -142,13 +146,14 @@ class VAELoss(KeepsPrecision):
     ) -> Tensor | VAELossTerms:
         """The scalar to call `.backward()` on, or `VAELossTerms`; arguments as in `vae_loss`.
 
-        `beta` overrides the module's for this call.
+        `beta` and `recon_weight` override the module's for this call.
         """
         first: Any = recon
         if isinstance(first, Proxy):  # torch.fx records a call as one node, like that of a module of torch.nn
             given = {
                 "kl": kl,
                 "beta": beta,
+                "recon_weight": recon_weight,
                 "prior": prior,
                 "weight": weight,
                 "mask": mask,
@@ -172,7 +177,9 @@ class VAELoss(KeepsPrecision):
             reduction=self.reduction,
             recon_reduction=self.recon_reduction,
             kl_reduction=self.kl_reduction,
-            recon_weight=_divided("recon_weight", self.recon_weight, self.accumulate),
+            recon_weight=_divided(
+                "recon_weight", self.recon_weight if recon_weight is None else recon_weight, self.accumulate
+            ),
             logvar_clamp=self.logvar_clamp,
             free_bits=self.free_bits,
             capacity=self.capacity,
@@ -200,8 +207,12 @@ class VAELoss(KeepsPrecision):
         return ", ".join(
             f"{name}={value!r}"
             for name, value, default in shown
-            if not isinstance(value, nn.Module) and (name in always or (value is not default and value != default))
+            if not isinstance(value, nn.Module) and (name in always or _differs(value, default))
         )
+
+
+def _differs(value: Any, default: Any) -> bool:
+    return value is not default and (isinstance(value, Tensor) or bool(value != default))
 
 
 def _value(number: float | Tensor | Schedule) -> float | Tensor:
@@ -211,5 +222,6 @@ def _value(number: float | Tensor | Schedule) -> float | Tensor:
 def _divided(name: str, weight: float | Tensor, by: int) -> float | Tensor:
     if by == 1:
         return weight
-    weight = _checks.weight(name, weight)
+    if not isinstance(weight, Tensor):
+        weight = _checks.weight(name, weight)
     return in_dtype(weight, compute_dtype(weight)) / by

@@ -6,7 +6,7 @@
     noise.advance()
 
 `seed` is one tensor for the whole run, so a CUDA graph that holds these lines draws fresh noise at every replay, and a
-run that is resumed from `state_dict` goes on with the noise that it would have drawn.
+run that is resumed from `state_dict` continues with the noise that it would have drawn.
 """
 
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import _backend
 from ._numbers import integer, is_integer
 from ._seeds import int64
 
@@ -68,9 +69,15 @@ class NoiseState(nn.Module):
         _refresh(self)
 
     def advance(self) -> None:
-        """Go on to the next step, on the device. Call it after `backward()`, which draws the noise again."""
-        self.step.add_(1)
-        _refresh(self)
+        """Advance to the next step, on the device. Call it after `backward()`, which draws the noise again."""
+        if _backend.needs_reference() or _backend.backend_of(self.seed) != "triton":
+            self.step.add_(1)
+            _refresh(self)
+        else:
+            kernels: Any = _backend.load_backend("triton", "noise_state")
+            # a kernel's stores do not count versions: autograd notices by them that a saved seed has changed
+            torch.autograd.graph.increment_version((self.step, self.seed))
+            kernels.advance(self.base, self.step, self.seed, _INCREMENT, _MIXING, _LAST_SHIFT)
 
 
 def _refresh(state: nn.Module, _: Any = None) -> None:
@@ -80,7 +87,7 @@ def _refresh(state: nn.Module, _: Any = None) -> None:
 
 
 def _splitmix64(base: Tensor, step: Tensor) -> Tensor:
-    """uint64 arithmetic in int64, which wraps around alike."""
+    """uint64 arithmetic in int64, which wraps around in the same way."""
     x = base + (step + 1) * int64(_INCREMENT)
     for shift, multiplier in _MIXING:
         x = (x ^ _shifted(x, shift)) * int64(multiplier)

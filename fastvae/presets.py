@@ -19,6 +19,11 @@ of a latent; B is the batch. Sums and means run over everything.
     lightning_bolts    mean d² + 0.1 mean k                                       VAE of Lightning Bolts
     monai              mean |d| + 1e-6 Σ k / B                                    MONAI's 2-D AutoencoderKL tutorial
 
+Of counts, target x, logits x':
+
+    scvi               (Σ -log NB(x) + beta Σ k) / B, beta from 0 to 1            scvi-tools' SCVI, "nb" and "zinb"
+    multvae            (Σ -x log softmax(x') + beta Σ k) / B, beta from 0 to 0.2  Mult-VAE
+
 What is the project's own and needs an argument:
 
 - Perceptual and adversarial terms are the caller's. A perceptual term that the project adds to each pixel goes into
@@ -30,6 +35,10 @@ What is the project's own and needs an argument:
 - s of ldm is a parameter of the loss, trained if an optimiser is given it; that of latent diffusion is not.
 - σ-VAE bounds log σ softly by -6, so σ = 1 is 1.0025, and so it is here. For its learned σ pass
   `likelihood=Gaussian(torch.nn.Parameter(torch.zeros(())), full=True, softclip=-6.0)`, whose logvar is 2 log σ.
+- scvi takes log_theta, log_library and, for "zinb", zero_logits by `likelihood_args`, or `likelihood=` with a
+  `NegativeBinomial` of its own.
+  Its beta is a schedule of 400 steps, to be called once an epoch, as SCVI warms up its KL; multvae's takes 40 000, once
+  a batch.
 
 What differs:
 
@@ -37,6 +46,7 @@ What differs:
   Bolts 0.1 times this `kl`, PyTorch-VAE its negative; Pyro reports no terms.
 - A logarithm of bce(p) is at least -100, as in PyTorch. Pyro clamps p into [ε, 1 - ε] instead, so it differs where p is
   0 or 1.
+- scvi-tools adds 1e-8 to mean and dispersion, which halves the gradient of a mean of 1e-8.
 - `weight` weighs both terms of a sample; the `weights` of latent diffusion weigh the reconstruction alone.
 
 Faults of these and other projects are not reproduced: the sign and the factor of the KL in the audio autoencoder of
@@ -52,7 +62,8 @@ import torch
 from torch import nn
 
 from . import _checks
-from .likelihoods import Gaussian, Scaled
+from .likelihoods import Gaussian, Multinomial, NegativeBinomial, Scaled
+from .schedules import Linear
 
 AUTOENCODER_CLAMP = (-30.0, 20.0)
 
@@ -94,15 +105,23 @@ PRESETS: dict[str, Callable[[], dict[str, Any]]] = {
     },
 }
 
+COUNT_PRESETS: dict[str, Callable[[], dict[str, Any]]] = {
+    # scverse/scvi-tools 1.4.2, src/scvi/module/_vae.py:446-600, train/_trainingplans.py:32-73
+    "scvi": lambda: {"beta": Linear(0.0, 1.0, 400), "likelihood": NegativeBinomial(None)},
+    # dawenl/vae_cf, VAE_ML20M_WWW2018.ipynb: total_anneal_steps = 200000, anneal_cap = 0.2
+    "multvae": lambda: {"beta": Linear(0.0, 0.2, 40_000), "likelihood": Multinomial()},
+}
+
 
 def preset_options(name: str) -> dict[str, Any]:
     """Keyword arguments that make `VAELoss` the loss of a project, with likelihood objects of their own.
 
     Args:
-        name: One of `PRESETS`.
+        name: One of `PRESETS` or `COUNT_PRESETS`.
 
     Raises:
         ValueError: unknown name.
     """
-    _checks.choice("preset", name, PRESETS)
-    return PRESETS[name]()
+    presets = PRESETS | COUNT_PRESETS
+    _checks.choice("preset", name, presets)
+    return presets[name]()

@@ -1,6 +1,6 @@
 """The maths in its plainest differentiable form: for reading, compiled regions, second derivatives, tests, baselines.
 
-Shares no code with the kernels or the fallback. Arithmetic is float32 (float64 where an input is), as theirs is.
+Shares no code with the kernels. Arithmetic is float32 (float64 where an input is), as theirs is.
 """
 
 import math
@@ -23,8 +23,8 @@ from fastvae_kernels.types import (
 from fastvae_kernels.types import compute_dtype as compute_dtype
 
 from ._dtypes import in_dtype
+from ._elementwise import ERRORS
 
-BYTE_SCALE = 1 / 255  # a uint8 target stands for the values 0, 1/255, ..., 1
 Terms = tuple[Tensor, Tensor, Tensor]  # loss, recon, kl
 
 
@@ -57,15 +57,19 @@ def per_sample(elements: Tensor) -> Tensor:
     return elements.flatten(1).sum(1) if elements.ndim > 1 else elements
 
 
-def reparameterize_kl(mu: Tensor, logvar: Tensor, noise: Tensor, bounds: Clamp | None = None) -> tuple[Tensor, Tensor]:
-    """z = mu + exp(logvar / 2) * noise, and the KL of each sample."""
+def reparameterize_kl(
+    mu: Tensor, logvar: Tensor, noise: Tensor, bounds: Clamp | None = None, *prior: Tensor
+) -> tuple[Tensor, Tensor]:
+    """z = mu + exp(logvar / 2) * noise, and the KL of each sample; prior: its mu and logvar."""
     dtype = compute_dtype(mu, logvar)
     sigma = torch.exp(0.5 * clamp(logvar.to(dtype), bounds))
     z = mu.to(dtype) + sigma * noise.to(dtype)
-    return z.to(torch.promote_types(mu.dtype, logvar.dtype)), per_sample(gaussian_kl(mu, logvar, bounds))
+    return z.to(torch.promote_types(mu.dtype, logvar.dtype)), per_sample(gaussian_kl(mu, logvar, bounds, *prior))
 
 
-def resample_kl(mu: Tensor, logvar: Tensor, scaled_noise: Tensor, bounds: Clamp | None = None) -> tuple[Tensor, Tensor]:
+def resample_kl(
+    mu: Tensor, logvar: Tensor, scaled_noise: Tensor, bounds: Clamp | None = None, *prior: Tensor
+) -> tuple[Tensor, Tensor]:
     """`reparameterize_kl` around a sample already drawn, given `scaled_noise` = sigma * noise there; differentiable
     again and again.
 
@@ -76,34 +80,15 @@ def resample_kl(mu: Tensor, logvar: Tensor, scaled_noise: Tensor, bounds: Clamp 
     # converted once for both results, so that a 16-bit gradient is rounded once
     mu, logvar = mu.to(dtype), clamp(logvar.to(dtype), bounds)
     z = mu + scaled_noise * torch.exp(0.5 * (logvar - logvar.detach()))
-    return z.to(stored), per_sample(gaussian_kl(mu, logvar))
+    return z.to(stored), per_sample(gaussian_kl(mu, logvar, None, *prior))
 
 
 def error(recon: Tensor, target: Tensor, options: ErrorOptions) -> Tensor:
     """The error of each element; a uint8 target is scaled and shifted first."""
     dtype = compute_dtype(recon, target)
-    recon, parameter = recon.to(dtype), options.parameter
     if target.dtype == torch.uint8:
         target = target.to(dtype) * options.target_scale + options.target_shift
-    target = target.to(dtype)
-    name = options.name.removesuffix("_of_logits")
-    if name != options.name:
-        recon = torch.sigmoid(recon)
-    match name:
-        case "l2":
-            return (recon - target).square()
-        case "l1":
-            return (recon - target).abs()
-        case "huber":
-            return F.huber_loss(recon, target, reduction="none", delta=parameter)
-        case "log_cosh":
-            distance = parameter * (recon - target).abs()
-            return distance + torch.log1p(torch.exp(-2 * distance)) - math.log(2)
-        case "bernoulli":
-            return F.binary_cross_entropy_with_logits(recon, target, reduction="none")
-        case "bernoulli_probs":
-            return F.binary_cross_entropy(recon, target, reduction="none")
-    raise AssertionError(options.name)
+    return ERRORS[options.name].error(recon.to(dtype), target.to(dtype), options.parameter)
 
 
 def apply_free_bits(kl: Tensor, free_bits: FreeBitsOptions) -> Tensor:
@@ -120,10 +105,14 @@ def elbo(tensors: ElboTensors, numbers: ElboNumbers, options: ElboOptions) -> Te
     def total(elements: Tensor) -> Tensor:
         return per_sample(elements) if by_sample else elements.sum()
 
-    errors = kl = regularized = None
+    errors = kl = regularized = weighed = None
     n_selected: float | Tensor = 0.0
     if tensors.recon is not None:
-        errors = total(_errors(tensors, options))
+        elements = _errors(tensors, options)
+        errors = total(elements)
+        if tensors.weight_map is not None:
+            weights = selected(tensors.weight_map, tensors.mask).to(elements.dtype)
+            weighed = total(weights * elements), total(weights)
         n_selected = tensors.recon.numel()
         if by_sample:
             n_selected = math.prod(tensors.recon.shape[1:])
@@ -138,7 +127,7 @@ def elbo(tensors: ElboTensors, numbers: ElboNumbers, options: ElboOptions) -> Te
         if options.element_free_bits is not None:
             raised = apply_free_bits(elements, options.element_free_bits)
             regularized = total(raised if tensors.kl_mask is None else raised * tensors.kl_mask)
-    return combine(errors, n_selected, kl, regularized, tensors, numbers, options)
+    return combine(errors, n_selected, kl, regularized, tensors, numbers, options, weighed)
 
 
 def kl_elements(tensors: ElboTensors, options: ElboOptions) -> Tensor:
@@ -154,19 +143,22 @@ def kl_elements(tensors: ElboTensors, options: ElboOptions) -> Tensor:
 
 def _errors(tensors: ElboTensors, options: ElboOptions) -> Tensor:
     """The error of each element, with its own scale and extra error; 0 outside the mask."""
-    recon, target, mask = tensors.recon, tensors.target, tensors.mask
-
-    def selected(tensor: Tensor) -> Tensor:
-        # what is outside may be NaN, whose gradient would be too
-        return tensor if mask is None else torch.where(mask, tensor, torch.zeros_like(tensor))
-
-    errors = error(selected(recon), selected(target), options.error)
+    mask = tensors.mask
+    errors = error(selected(tensors.recon, mask), selected(tensors.target, mask), options.error)
     if tensors.extra_map is not None:
-        errors = errors + selected(tensors.extra_map).to(errors.dtype)
+        errors = errors + selected(tensors.extra_map, mask).to(errors.dtype) * options.error.extra_scale
     if tensors.log_scale is not None:
-        log_scale = selected(tensors.log_scale).to(errors.dtype)
+        log_scale = selected(tensors.log_scale, mask).to(errors.dtype)
         errors = errors * torch.exp(-log_scale) + log_scale
-    return selected(errors)
+    return selected(errors, mask)
+
+
+def selected(tensor: Tensor, mask: Tensor | None) -> Tensor:
+    """0 outside the mask, where a tensor may be NaN, whose gradient would be too."""
+    return tensor if mask is None else torch.where(mask, tensor, torch.zeros_like(tensor))
+
+
+_FIRST_SMALL = ElboTensors._fields.index("weight")
 
 
 def combine(
@@ -177,6 +169,7 @@ def combine(
     tensors: ElboTensors,
     numbers: ElboNumbers,
     options: ElboOptions,
+    weighed_errors: tuple[Tensor, float | Tensor] | None = None,
 ) -> Terms:
     """The terms, given sums of each sample, [B]; where no option acts on samples, sums of the batch, 0-d, will do.
 
@@ -185,6 +178,7 @@ def combine(
         n_selected: Number of elements that the mask selects; of all without a mask.
         kl, regularized: Sum of the KL, and the same under free bits of each element (None if there are none).
         tensors, numbers, options: As in `elbo`, of which only what acts on samples is read.
+        weighed_errors: Where elements have weights, sums of the errors times these and of the selected weights.
     """
     dtype = compute_dtype(errors, kl, *tensors, *numbers)
     beta, recon_weight = in_dtype(numbers.beta, dtype), in_dtype(numbers.recon_weight, dtype)
@@ -193,19 +187,28 @@ def combine(
         raise ValueError("a loss needs errors or a KL")
     zero = torch.zeros_like(errors if kl is None else kl, dtype=dtype)  # type: ignore[arg-type]
     zero = zero if options.per_sample else zero.sum()
-    # once for both terms, so that its gradient is rounded once
-    weight = None if tensors.weight is None else tensors.weight.to(dtype)
+    # once for all terms, so that their gradients are rounded once
+    small = [t if t is None or t.ndim > 1 else t.to(dtype) for t in tensors[_FIRST_SMALL:]]
+    tensors = ElboTensors(*tensors[:_FIRST_SMALL], *small)
+    weight = tensors.weight
 
     def weighed(term: Tensor) -> Tensor:
         return term if weight is None else term * weight
 
-    recon = zero
+    recon = weighed_recon = zero
     if errors is not None:
-        recon = _reconstruction(errors.to(dtype), n_selected, tensors, options)
+        recon = weighed_recon = _reconstruction(errors.to(dtype), n_selected, n_selected, tensors, options)
+        if weighed_errors is not None:
+            sums, weights = weighed_errors
+            weighed_recon = _reconstruction(sums.to(dtype), weights, n_selected, tensors, options)
+        elif tensors.recon_weights is not None:
+            weighed_recon = recon * _of_selected(tensors.recon_weights, n_selected, tensors)
         if weight is not None:
-            recon = recon * _of_selected(weight, n_selected, tensors)
+            of_selected = _of_selected(weight, n_selected, tensors)
+            recon, weighed_recon = _both(lambda t: t * of_selected, recon, weighed_recon)
         if not options.per_sample:
-            recon = recon.sum() * recon_normalizer(n_selected, options)
+            factor = recon_normalizer(n_selected, options)
+            recon, weighed_recon = _both(lambda t: t.sum() * factor, recon, weighed_recon)
 
     term = regularized_term = zero
     if kl is not None:
@@ -215,13 +218,15 @@ def combine(
             regularized_term = apply_free_bits(term, options.free_bits)
         if options.capacity_mode == "sample":
             regularized_term = (regularized_term - capacity).abs()
+        if tensors.betas is not None:
+            regularized_term = regularized_term * tensors.betas
         term, regularized_term = _both(weighed, term, regularized_term)
     if kl is not None and not options.per_sample:
         term, regularized_term = _both(lambda t: t.sum() * options.kl_normalizer, term, regularized_term)
         if options.capacity_mode == "batch":
             n_samples = (tensors.mu if tensors.kl is None else tensors.kl).shape[0]
             regularized_term = (regularized_term - capacity * (options.kl_normalizer * n_samples)).abs()
-    loss = recon_weight * recon + beta * regularized_term
+    loss = recon_weight * weighed_recon + beta * regularized_term
     return loss.to(dtype), recon.to(dtype), term.to(dtype)
 
 
@@ -231,21 +236,21 @@ def _both(function: Callable[[Tensor], Tensor], a: Tensor, b: Tensor) -> tuple[T
     return result, result if b is a else function(b)
 
 
-def _reconstruction(errors: Tensor, n_selected: float | Tensor, tensors: ElboTensors, options: ElboOptions) -> Tensor:
-    """Of each sample, before its weight."""
+def _reconstruction(
+    errors: Tensor, n: float | Tensor, n_selected: float | Tensor, tensors: ElboTensors, options: ElboOptions
+) -> Tensor:
+    """Of each sample, before its weight, of the errors of n elements."""
     scaled = options.error_weight * errors
     if tensors.extra is not None:
-        scaled = scaled + options.extra_weight * n_selected * _of_selected(
-            tensors.extra.to(errors.dtype), n_selected, tensors
-        )
+        scaled = scaled + options.extra_weight * n * _of_selected(tensors.extra, n_selected, tensors)
     per_element: float | Tensor = options.constant
     if tensors.sample_log_scale is not None:
-        log_scale = _of_selected(tensors.sample_log_scale.to(errors.dtype), n_selected, tensors)
+        log_scale = _of_selected(tensors.sample_log_scale, n_selected, tensors)
         log_scale = soft_lower_bound(log_scale, options.softclip)
         scaled = scaled * torch.exp(-log_scale)
         per_element = options.nll_weight * log_scale + options.constant
     if isinstance(per_element, Tensor) or per_element != 0:
-        scaled = scaled + n_selected * per_element
+        scaled = scaled + n * per_element
     return scaled
 
 

@@ -33,7 +33,7 @@ class Schedule(nn.Module):
     Args:
         start: Value at first; the one of step 0, which is before any `step()`.
         end: Value that is reached, exactly, after delay + steps steps, and kept from then on.
-        steps: Length of the way, without the delay.
+        steps: Length, without the delay.
         delay: Steps at `start` before it begins.
 
     Attributes:
@@ -59,7 +59,7 @@ class Schedule(nn.Module):
         self.register_load_state_dict_post_hook(_refresh)  # type: ignore[no-untyped-call]
 
     def step(self) -> None:
-        """Go on by one step, on the device. Call it after `backward()`, which reads the value of its forward pass."""
+        """Advance by one step, on the device. Call it after `backward()`, which reads the value of its forward pass."""
         self.step_count.add_(1)
         _refresh(self)
 
@@ -122,7 +122,7 @@ class Sigmoid(Schedule):
 
 
 class Cyclical(Schedule):
-    """`cycles` equal ramps one after the other; each stays at `end` for the rest of its cycle, the last for good.
+    """`cycles` equal ramps one after the other; each stays at `end` for the rest of its cycle, the last one forever.
 
         position = where in its cycle the step is, in [0, 1)
         share = shape(min(max(position - zero_ratio, 0) / ratio, 1))

@@ -35,7 +35,8 @@ class LatentStats(NamedTuple):
 
 
 def latent_stats(mu: Tensor, logvar: Tensor, *, logvar_clamp: Clamp | None = None) -> LatentStats:
-    """Measure latents dimension by dimension over the batch, in one pass over memory and without a host sync.
+    """Measure latents dimension by dimension over the batch, in one pass over memory and without a host sync. On a GPU,
+    samples among which a number is not finite are read once more, to count such numbers.
 
         kl = mean over B of (mu^2 + exp(logvar) - 1 - logvar) / 2
         mean = mean over B of mu;  variance = sum over B of (mu - mean)^2 / (B - 1)

@@ -15,7 +15,7 @@ from fastvae.cli.commands import COMMANDS
 from fastvae.cli.parsing import parse
 from fastvae.data import load
 from fastvae.models import VAE, VAEConfig
-from fastvae.presets import PRESETS
+from fastvae.presets import COUNT_PRESETS, PRESETS
 from fastvae.training import TrainConfig, train
 
 ROOT = Path(__file__).parent.parent
@@ -56,6 +56,7 @@ def trained(tmp_path_factory):
     sizes = {"width": 8, "width_multipliers": (1, 1), "blocks": 1, "mid_attention": False}
     vae = VAE(VAEConfig(image_size=(64, 64), channels=3, backbone="autoencoder_kl", **sizes))
     vae.save_diffusers(folder / "sd-vae", scaling_factor=1.0)
+    shutil.copytree(ROOT / "tests" / "data", folder / "tests" / "data")
     return folder
 
 
@@ -113,19 +114,19 @@ def test_patterns_are_the_same_number():
         assert_same_loss(eval(theirs, session), eval(ours, session), session)
 
 
-TRAINERS = ["plain", "lightning", "accelerate", "diffusers"]
+TRAINERS = ["plain", "captured", "lightning", "accelerate", "diffusers"]
 
 
 def loss_of(name, session):
     if name == "lightning":
         return session["module"].trainer.callback_metrics["loss"]
-    return session["loss"]
+    return session["terms"].loss if name == "captured" else session["loss"]
 
 
 @pytest.mark.parametrize("name", TRAINERS)
 @pytest.mark.filterwarnings("ignore")  # what the other libraries warn of among themselves
 def test_trainers_learn(name, monkeypatch, tmp_path):
-    if name != "plain":
+    if name not in ("plain", "captured"):
         pytest.importorskip(name, reason=f"this example needs {name}, of the extra [test]", exc_type=ImportError)
     monkeypatch.chdir(tmp_path)
     (block,) = blocks("docs/training.md", f"python {name}")
@@ -234,7 +235,7 @@ def test_the_figures_of_the_readme_are_those_of_the_benchmarks():
 
 def test_every_preset_has_its_row():
     rows = [line for line in PAGES["docs/losses.md"].splitlines() if line.startswith("|")]
-    for preset in PRESETS:
+    for preset in [*PRESETS, *COUNT_PRESETS]:
         assert any(f'VAELoss.preset("{preset}"' in row for row in rows), preset
 
 

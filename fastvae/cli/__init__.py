@@ -10,6 +10,8 @@ import signal
 import sys
 from collections.abc import Sequence
 
+import fastvae
+
 from . import doctor
 from .errors import MISUSED, failure_of
 from .output import Output, complain, guarded
@@ -45,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     if arguments == ["doctor"]:  # here: it must run where the extras that the other commands need are missing
         return doctor.run(doctor.Doctor())
+    if arguments in (["--version"], ["-V"]):
+        print(f"fastvae {fastvae.__version__}")
+        return 0
     from .commands import COMMANDS
     from .parsing import parse
 

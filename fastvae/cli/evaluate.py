@@ -8,15 +8,15 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fastvae.training import Evaluation, Objective
-from fastvae.training.batches import load_batches
-from fastvae.training.density import Density, bits_per_dim_of_bytes, importance_weighted_nats
-from fastvae.training.evaluation import baseline_nats, evaluate
-from fastvae.training.objective import decode_to_images
+from fastvae.data.batches import load_batches
+from fastvae.evaluation.density import Density, bits_per_dim
+from fastvae.evaluation.elbo import Evaluation, baseline_nats, evaluate
+from fastvae.evaluation.likelihood_bounds import importance_weighted_nats
+from fastvae.evaluation.objective import Objective, decode_to_images
 from fastvae.training.setup import require_fits
 
 from .._files import null_non_finite, write_json
-from .inputs import load_images, load_objective, require_free, require_positive
+from .inputs import DataOptions, load_images, load_objective, require_free, require_positive
 
 HELP = """Measure a model on images: ELBO, importance-weighted likelihood, active units, PSNR, SSIM, and a baseline.
 
@@ -24,20 +24,16 @@ Of the data that the run was trained on, only the validation images are used. Ev
 that the model finds least likely go into a picture beside it.
 
 Examples:
-  fastvae evaluate --model runs/fashion-mnist-20260101-120000
-  fastvae evaluate --model runs/fashion-mnist-20260101-120000 --samples 500 --chunk 50
+  fastvae evaluate --model runs/first
+  fastvae evaluate --model runs/first --samples 500 --chunk 50
   fastvae evaluate --model my-model --data idx:mnist/ --out mnist.json --outliers 0
 """
 
 
-@dataclass(frozen=True)
-class Evaluate:
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(DataOptions):
     """Options of `fastvae evaluate`."""
 
-    model: Path
-    """Run folder of `fastvae train`, or a folder that save_pretrained made."""
-    data: str | None = None
-    """Images, as in `fastvae train --data`; the run's own validation images if not given."""
     samples: int = 16
     """Latents of each image in the importance-weighted bound on its log-likelihood; more make it tighter."""
     chunk: int = 8
@@ -48,10 +44,6 @@ class Evaluate:
     """Images to show that the model finds least likely, above their reconstructions; 0 draws no picture."""
     out: Path = Path("evaluation.json")
     """JSON file to write; the picture of outliers takes its name, ending in -outliers.png."""
-    force: bool = False
-    """Overwrite files that exist."""
-    device: str = "auto"
-    """Where to compute: "auto", "cpu", "cuda", ..."""
 
 
 def run(options: Evaluate) -> int:
@@ -60,9 +52,9 @@ def run(options: Evaluate) -> int:
         require_positive(name.replace("_", "-"), getattr(options, name))
     require_positive("outliers", options.outliers, least=0)
     picture = options.out.with_name(f"{options.out.stem}-outliers.png")
+    objective = load_objective(options.model, options.device)
     for path in (options.out, picture)[: 1 + (options.outliers > 0)]:
         require_free(path, force=options.force)
-    objective = load_objective(options.model, options.device)
     images, baseline_images, words = load_images(options.model, objective.model, options.data)
     decoded = min(options.chunk, options.samples) * min(options.batch_size, len(images))  # type: ignore[arg-type]
     elements = math.prod(objective.model.config.image_shape) + math.prod(objective.model.config.latent_shape)
@@ -100,16 +92,16 @@ def likelihood_figures(
     return {
         "nll": nll,
         "nll_standard_error": float(bounds.std() / len(bounds) ** 0.5) if len(bounds) > 1 else 0.0,
-        "nll_elbo": evaluation.nats + n * density.constant,
+        "nll_elbo": density.nll(evaluation.nats, n),
         "samples": samples,
-        "bits_per_dim": bits_per_dim_of_bytes(nll, n, discrete=density.discrete),
+        "bits_per_dim": bits_per_dim(nll, n, discrete=density.discrete),
         "of": "probability of binary images" if density.discrete else "density of values in [0, 1], 256 levels",
     }
 
 
 def quality_figures(objective: Objective, images: Dataset[Any], batch_size: int) -> dict[str, float | None]:
     """PSNR and SSIM; None where scikit-image is missing."""
-    from fastvae.training.quality import reconstruction_quality
+    from fastvae.evaluation.image_quality import reconstruction_quality
 
     try:
         return reconstruction_quality(objective.model, images, batch_size=batch_size)._asdict()
@@ -134,7 +126,7 @@ def more(figures: dict[str, Any]) -> str:
 
 
 def _draw(path: Path, objective: Objective, images: Dataset[Any], worst: list[int]) -> None:
-    from fastvae.training.pictures import save_reconstructions
+    from fastvae.evaluation.pictures import save_reconstructions
 
     save_reconstructions(path, objective.model, next(iter(load_batches(images, [worst]))))
 

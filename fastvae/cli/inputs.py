@@ -1,20 +1,51 @@
 """What several subcommands need: the model, images for it, and a free place for the result."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
 
 from fastvae import data
+from fastvae.evaluation.objective import Objective, decode_to_images
 from fastvae.models import VAE
-from fastvae.training import Objective, TrainConfig
+from fastvae.training import TrainConfig
+from fastvae.training.checkpoint import BEST, LAST
 from fastvae.training.config import MOST
-from fastvae.training.objective import decode_to_images
+from fastvae.training.objective import trained_objective
 from fastvae.training.run_folder import METRICS_FILE
 from fastvae.training.setup import require_fits, resolve_device
 from fastvae.training.split import Split
 
 from .._files import require_regular
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Options of every subcommand that uses a model."""
+
+    model: Path
+    """Run folder of `fastvae train`, or a folder that save_pretrained made."""
+    device: str = "auto"
+    """Where to compute: "auto", "cpu", "cuda", ..."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions(ModelOptions):
+    """Options of a subcommand that writes a file."""
+
+    out: Path
+    """File to write."""
+    force: bool = False
+    """Overwrite the file if it exists."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(OutputOptions):
+    """Options of a subcommand that uses images too."""
+
+    data: str | None = None
+    """Images, as in `fastvae train --data`; the run's own validation images if not given."""
 
 
 def load_model(path: Path, device: str) -> VAE:
@@ -38,16 +69,18 @@ def load_objective(path: Path, device: str) -> Objective:
     """
     if not path.is_dir():
         raise FileNotFoundError(f"no model: {path} is not a folder. Pass a run folder, or a folder of save_pretrained.")
-    model = VAE.from_pretrained(path / "model" if is_run(path) else path, device=resolve_device(device)).eval()
-    run = path if is_run(path) else path.resolve().parent
-    if not (run == path or (path.resolve() == run / "model" and (run / METRICS_FILE).is_file())):
-        return Objective(model)
-    return Objective.of_run(run, model)
+    run = run_of(path)
+    weights = path / LAST if path == run else path
+    model = VAE.from_pretrained(weights, device=resolve_device(device)).eval()
+    return Objective(model) if run is None else trained_objective(run, model, weights)
 
 
-def is_run(path: Path) -> bool:
-    """Whether `path` is a run folder with a model in it."""
-    return (path / "model").is_dir()
+def run_of(path: Path) -> Path | None:
+    """The run whose folder, or whose folder of weights, `path` is; None for weights outside a run."""
+    if (path / LAST).is_dir():
+        return path
+    run = path.resolve().parent
+    return run if path.resolve().name in (LAST, BEST) and (run / METRICS_FILE).is_file() else None
 
 
 def load_images(model_path: Path, model: VAE, source: str | None) -> tuple[Dataset[Any], Dataset[Any], str]:
@@ -60,7 +93,8 @@ def load_images(model_path: Path, model: VAE, source: str | None) -> tuple[Datas
         ValueError: no data to take, none that the run was not trained on, or another number of channels than the
             model's.
     """
-    run = TrainConfig.from_run(model_path) if is_run(model_path) else None
+    folder = run_of(model_path)
+    run = None if folder is None else TrainConfig.from_run(folder)
     if source is None and run is None:
         raise ValueError(f"{model_path} is not a run folder, so it does not say which images to take. Pass --data.")
     name = run.data if run and source is None else str(source)
@@ -71,7 +105,7 @@ def load_images(model_path: Path, model: VAE, source: str | None) -> tuple[Datas
             "Pass --data with images like those it was trained on."
         )
     here = data.absolute_source(name)
-    split = Split.load(model_path) if run else None
+    split = None if folder is None else Split.load(folder)
     if split is None and run and here == data.absolute_source(run.data):  # a run of a version that kept no split
         split = Split.of(images, here, validation=run.validation)
     if split is None:

@@ -1,4 +1,4 @@
-"""From arguments to options: argparse reads them, as the dataclasses of the subcommands say."""
+"""From arguments to options: argparse parsers, made from the option dataclasses of the subcommands."""
 
 import argparse
 import ast
@@ -9,16 +9,20 @@ import itertools
 import re
 import shutil
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from fastvae.likelihoods import SYNONYMS
 from fastvae.training import TrainConfig
 from fastvae.training.option_types import OptionType, option_types
 
 from .commands import COMMANDS
 
-DESCRIPTION = "Train variational autoencoders on images, and use them. `fastvae COMMAND --help` explains a command."
+DESCRIPTION = (
+    "Train variational autoencoders on images, and use them. `fastvae COMMAND --help` explains a command, "
+    "`fastvae --version` prints the version."
+)
 NEGATIVE_NUMBER = re.compile(r"-(\d|\.\d|inf|nan)", re.IGNORECASE)
 
 
@@ -40,10 +44,10 @@ def parse(arguments: Sequence[str]) -> tuple[str, Any]:
         print(_overview())
         raise SystemExit(0)
     if name not in COMMANDS:
-        known = f"The commands are {', '.join(COMMANDS)}"
-        raise UsageError(
-            f"there is no command {name!r}{_nearest(name, COMMANDS)}. {known}; `fastvae --help` lists them."
-        )
+        wrong = f"there is no command {name!r}{_nearest(name, COMMANDS)}"
+        if name.startswith("-"):
+            wrong = f"the command comes first, as in `fastvae train --epochs 5`; got {name!r}"
+        raise UsageError(f"{wrong}. The commands are {', '.join(COMMANDS)}; `fastvae --help` lists them.")
     options = COMMANDS[name].options
     given = _given(name, options, rest)
     if options is TrainConfig and given.get("resume") is not None:
@@ -56,28 +60,44 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}. `{self.prog} --help` explains the options.")
 
 
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        return str(action.metavar)
+
+
 def _given(name: str, options: type, arguments: Sequence[str]) -> dict[str, Any]:
     """The options that the arguments name, by field."""
     parser = _parser(name, options)
+    types = option_types(options)
     values, unknown = parser.parse_known_args([_spelled(argument) for argument in arguments])
     if unknown:
-        names = [f"--{_dashed(field)}" for field in option_types(options)]
-        parser.error(f"unrecognized arguments: {' '.join(unknown).strip()}{_nearest(unknown[0], names)}")
-    types = option_types(options)
-    return {field: types[field].converted(value) for field, value in vars(values).items()}
+        near = _nearest(unknown[0], map(_flag, types))
+        parser.error(f"unrecognized arguments: {' '.join(unknown).strip()}{near}")
+    given = vars(values)
+    for field, value in given.items():
+        try:
+            given[field] = types[field].converted(value)
+        except ValueError:  # of another length
+            got = " ".join(map(str, value)) or "nothing"
+            parser.error(f"argument {_flag(field)}: must be {types[field].words}; got {got!r}")
+    return given
 
 
 def _parser(name: str, options: type) -> argparse.ArgumentParser:
+    width = shutil.get_terminal_size().columns - 2
+    text, examples = COMMANDS[name].help.split("\nExamples:\n")
     parser = _Parser(
         prog=f"fastvae {name}",
-        usage=_fill(f"usage: fastvae {name} [--OPTION VALUE ...]", hang=4).removeprefix("usage: "),
-        description=_wrapped(COMMANDS[name].help),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=f"fastvae {name} [--OPTION VALUE ...]",
+        description="\n\n".join(textwrap.fill(part, max(width, 18)) for part in text.split("\n\n")),
+        epilog=f"Examples:\n{examples}",
+        formatter_class=_Formatter,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    docstrings = _docstrings(options)
-    types = option_types(options)
+    docstrings, types = _docstrings(options), option_types(options)
+    titles = {field: title for title, fields in COMMANDS[name].groups.items() for field in fields.split()}
+    groups = {title: parser.add_argument_group(title) for title in COMMANDS[name].groups}
     for field in dataclasses.fields(options):
         kind = types[field.name]
         required = field.default is dataclasses.MISSING
@@ -87,14 +107,14 @@ def _parser(name: str, options: type) -> argparse.ArgumentParser:
             settings["action"] = argparse.BooleanOptionalAction
         else:
             settings |= {"type": _reader(kind), "metavar": _metavar(kind)}
-            if kind.length is not None:
-                settings["nargs"] = kind.length or "+"
-        parser.add_argument(f"--{_dashed(field.name)}", **settings)
+            if kind.length is not None:  # whose number `_given` checks, to say what was passed
+                settings["nargs"] = "*"
+        groups.get(titles.get(field.name, ""), parser).add_argument(_flag(field.name), **settings)
     return parser
 
 
 def _reader(option: OptionType) -> Any:
-    """What turns the text of one value into that value."""
+    """The function that converts the text of one value."""
     single = option._replace(length=None)
 
     def read(text: str) -> Any:
@@ -104,7 +124,8 @@ def _reader(option: OptionType) -> Any:
                 return None
             return single.converted(option.kind(text) if option.kind is not Path else text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"must be {single.words}; got {text!r}") from None
+            hint = _nearest(text, option.choices)
+            raise argparse.ArgumentTypeError(f"must be {single.words}; got {text!r}{hint}") from None
 
     return read
 
@@ -117,14 +138,15 @@ def _spelled(argument: str) -> str:
     return f" {argument}" if NEGATIVE_NUMBER.match(argument) else argument
 
 
-def _dashed(field: str) -> str:
-    return field.replace("_", "-")
+def _flag(field: str) -> str:
+    return f"--{field.replace('_', '-')}"
 
 
 def _metavar(option: OptionType) -> str:
     if option.choices:
         return f"{{{','.join(option.choices)}}}"
-    return {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}[option.kind]
+    one = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}[option.kind]
+    return f"{one} ..." if option.length == 0 else " ".join([one] * (option.length or 1))
 
 
 def _default_note(default: object) -> str:
@@ -135,48 +157,35 @@ def _default_note(default: object) -> str:
 
 
 def _docstrings(options: type) -> dict[str, str]:
-    """What stands below each field of a dataclass, on one line."""
-    (body,) = (
-        node.body for node in ast.parse(textwrap.dedent(inspect.getsource(options))).body if hasattr(node, "body")
-    )
+    """The docstring below each field of a dataclass and of those it inherits from, on one line."""
     found = {}
-    for node, following in itertools.pairwise(body):
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(following, ast.Expr):
-            found[node.target.id] = " ".join(str(ast.literal_eval(following.value)).split())
+    for cls in filter(dataclasses.is_dataclass, reversed(options.__mro__)):
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+        for node, following in itertools.pairwise(getattr(tree, "body", [])):
+            if isinstance(node, ast.AnnAssign) and isinstance(following, ast.Expr):
+                found[ast.unparse(node.target)] = " ".join(str(ast.literal_eval(following.value)).split())
     return found
 
 
 def _overview() -> str:
-    lines = [_fill("usage: fastvae COMMAND [--OPTION VALUE ...]", hang=4), "", _fill(DESCRIPTION), "", "commands:"]
-    summaries = ((name, command.help.partition("\n")[0]) for name, command in COMMANDS.items())
-    return "\n".join(lines + [_fill(f"  {name:<12}{summary}", hang=14) for name, summary in summaries])
-
-
-def _wrapped(text: str) -> str:
-    """A command's help as wide as the terminal; lines that are indented a little stay lines."""
-    paragraphs: list[str] = []
-    for line in text.splitlines():
-        goes_on = line.startswith(" " * 8) or not line.startswith(" ")
-        if (
-            paragraphs
-            and paragraphs[-1]
-            and line
-            and goes_on
-            and line.startswith(" ") == paragraphs[-1].startswith(" ")
-        ):
-            paragraphs[-1] += f" {line.strip()}"
-        else:
-            paragraphs.append(line)
-    hangs = {"  --": 16, "  fa": 4}
-    return "\n".join(_fill(paragraph, hang=hangs.get(paragraph[:4], 0)) for paragraph in paragraphs)
-
-
-def _fill(line: str, *, hang: int = 0) -> str:
     width = max(shutil.get_terminal_size().columns - 2, 18)
-    indent = " " * (hang if hang < width // 2 else min(hang, 4))
-    return textwrap.fill(line, width, subsequent_indent=indent, break_on_hyphens=False)
+    lines = [
+        "usage: fastvae COMMAND [--OPTION VALUE ...]",
+        "       fastvae --version",
+        "",
+        DESCRIPTION,
+        "",
+        "commands:",
+    ]
+    lines += [f"  {name:<12}{command.help.splitlines()[0]}" for name, command in COMMANDS.items()]
+    indent = " " * (14 if width > 40 else 4)
+    return "\n".join(textwrap.fill(line, width, subsequent_indent=indent * line.startswith("  ")) for line in lines)
 
 
-def _nearest(word: str, known: Any) -> str:
-    near = difflib.get_close_matches(word.partition("=")[0], list(known), n=1)
+def _nearest(word: str, known: Iterable[str]) -> str:
+    """A question that names the known word most like this one; empty if none is."""
+    word = word.partition("=")[0].lower()
+    known = list(known)
+    synonym = SYNONYMS.get(word, "").partition(" ")[0].strip("'")
+    near = [synonym] if synonym in known else difflib.get_close_matches(word, known, n=1)
     return f" (did you mean {near[0]}?)" if near else ""

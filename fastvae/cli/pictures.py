@@ -7,75 +7,66 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fastvae.training.batches import spread_images
+from fastvae.data.batches import spread_images
+from fastvae.models import VAE
 from fastvae.training.config import SEEDS
 
-from .inputs import load_images, load_model, require_free, require_picture, require_positive
+from .inputs import (
+    DataOptions,
+    OutputOptions,
+    load_images,
+    load_model,
+    require_free,
+    require_picture,
+    require_positive,
+)
 
 SAMPLE_HELP = """Draw new images from the prior, as a grid in a PNG.
 
 Examples:
-  fastvae sample --model runs/fashion-mnist-20260101-120000
+  fastvae sample --model runs/first
   fastvae sample --model my-model --n 100 --seed 7 --out grid.png
 """
 RECONSTRUCT_HELP = """Show images above their reconstructions, as a grid in a PNG.
 
 Examples:
-  fastvae reconstruct --model runs/fashion-mnist-20260101-120000
+  fastvae reconstruct --model runs/first
   fastvae reconstruct --model my-model --data my-photos/ --n 20 --out grid.png
 """
 INTERPOLATE_HELP = """Walk through the latent space from one image to another, a row each, as a PNG.
 
 Examples:
-  fastvae interpolate --model runs/fashion-mnist-20260101-120000
+  fastvae interpolate --model runs/first
   fastvae interpolate --model my-model --data images.npy --n 4 --steps 15 --mode linear
 """
 
 
-@dataclass(frozen=True)
-class Sample:
+@dataclass(frozen=True, kw_only=True)
+class Sample(OutputOptions):
     """Options of `fastvae sample`."""
 
-    model: Path
-    """Run folder of `fastvae train`, or a folder that save_pretrained made."""
     n: int = 64
     """Images to draw."""
     seed: int = 0
     """Seed of the latents; the same seed gives the same latents on every device."""
     out: Path = Path("samples.png")
     """PNG file to write."""
-    force: bool = False
-    """Overwrite the file if it exists."""
-    device: str = "auto"
-    """Where to compute: "auto", "cpu", "cuda", ..."""
 
 
-@dataclass(frozen=True)
-class Reconstruct:
+@dataclass(frozen=True, kw_only=True)
+class Reconstruct(DataOptions):
     """Options of `fastvae reconstruct`."""
 
-    model: Path
-    """Run folder of `fastvae train`, or a folder that save_pretrained made."""
-    data: str | None = None
-    """Images, as in `fastvae train --data`; the run's own validation images if not given."""
     n: int = 40
     """Images to reconstruct."""
     out: Path = Path("reconstructions.png")
     """PNG file to write."""
-    force: bool = False
-    """Overwrite the file if it exists."""
-    device: str = "auto"
-    """Where to compute: "auto", "cpu", "cuda", ..."""
 
 
-@dataclass(frozen=True)
-class Interpolate:
+@dataclass(frozen=True, kw_only=True)
+class Interpolate(DataOptions):
     """Options of `fastvae interpolate`."""
 
-    model: Path
-    """Run folder of `fastvae train`, or a folder that save_pretrained made."""
-    data: str | None = None
-    """Images, as in `fastvae train --data`; the run's own validation images if not given."""
     n: int = 8
     """Rows, each between two images."""
     steps: int = 9
@@ -84,33 +75,25 @@ class Interpolate:
     """Way through the latent space; "spherical" stays where the prior has its mass."""
     out: Path = Path("interpolations.png")
     """PNG file to write."""
-    force: bool = False
-    """Overwrite the file if it exists."""
-    device: str = "auto"
-    """Where to compute: "auto", "cpu", "cuda", ..."""
 
 
 def sample(options: Sample) -> int:
     """Write the picture of `fastvae sample`."""
-    from fastvae.training import pictures
+    from fastvae.evaluation import pictures
 
     require_positive("n", options.n)
     require_positive("seed", options.seed, least=0, most=SEEDS - 1)
-    require_free(options.out, force=options.force)
-    model = load_model(options.model, options.device)
-    require_picture(options.n, model)
+    model = _model(options, options.n)
     print(pictures.save_samples(options.out, model, n=options.n, seed=options.seed))
     return 0
 
 
 def reconstruct(options: Reconstruct) -> int:
     """Write the picture of `fastvae reconstruct`."""
-    from fastvae.training import pictures
+    from fastvae.evaluation import pictures
 
     require_positive("n", options.n)
-    require_free(options.out, force=options.force)
-    model = load_model(options.model, options.device)
-    require_picture(options.n, model)
+    model = _model(options, options.n)
     images, _, _ = load_images(options.model, model, options.data)
     print(pictures.save_reconstructions(options.out, model, spread_images(images, options.n)))
     return 0
@@ -118,14 +101,20 @@ def reconstruct(options: Reconstruct) -> int:
 
 def interpolate(options: Interpolate) -> int:
     """Write the picture of `fastvae interpolate`."""
-    from fastvae.training import pictures
+    from fastvae.evaluation import pictures
 
     require_positive("n", options.n)
     require_positive("steps", options.steps, least=2)
-    require_free(options.out, force=options.force)
-    model = load_model(options.model, options.device)
-    require_picture(options.n * options.steps, model)
+    model = _model(options, options.n * options.steps)
     dataset, _, _ = load_images(options.model, model, options.data)
     images = spread_images(dataset, 2 * options.n)
     print(pictures.save_interpolations(options.out, model, images, steps=options.steps, mode=options.mode))
     return 0
+
+
+def _model(options: OutputOptions, n: int) -> VAE:
+    """The model, if a picture of n images can be drawn and written."""
+    model = load_model(options.model, options.device)
+    require_free(options.out, force=options.force)
+    require_picture(n, model)
+    return model

@@ -8,12 +8,24 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
+from rich.text import Text
 
 from fastvae.training import Event
-from fastvae.training.events import Logged, Started
+from fastvae.training.events import Logged, Started, Stepped
 
 SECONDS_BETWEEN_LINES = 10.0
+SECONDS_BETWEEN_UPDATES = 0.1
 
 
 @contextmanager
@@ -22,10 +34,25 @@ def reporter() -> Iterator[Callable[[Event], None]]:
     if not sys.stdout.isatty() or os.environ.get("TERM") in ("dumb", "unknown"):
         yield PlainLines()
         return
-    words = TextColumn("{task.description}")
-    columns = (MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), words)
-    with Progress(*columns, console=Console(highlight=False), transient=True) as progress:
+    columns = (
+        MofNCompleteColumn(),
+        BarColumn(bar_width=None),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        SpeedColumn(Column(no_wrap=True)),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=Console(highlight=False), transient=True, expand=True) as progress:
         yield Bar(progress)
+
+
+class SpeedColumn(ProgressColumn):
+    """Images per second of the last half minute."""
+
+    def render(self, task: Task) -> Text:
+        speed = (task.speed or 0) * task.fields["images"]
+        return Text(f"{speed:,.{0 if speed >= 10 else 1}f} images/s" if speed else "")
 
 
 class PlainLines:
@@ -43,7 +70,9 @@ class PlainLines:
         elif isinstance(event, Logged):
             validation = event.record["split"] == "validation"
             if validation or now - self.last >= SECONDS_BETWEEN_LINES:
-                self.write(f"step {event.record['step']:>6}/{self.total_steps}  {record_line(event.record)}")
+                speed = event.record.get("images_per_second")
+                more = "" if speed is None else f", {speed:,.0f} images/s"
+                self.write(f"step {event.record['step']:>6}/{self.total_steps}  {record_line(event.record)}{more}")
 
     def write(self, line: str) -> None:
         print(line, flush=True)
@@ -51,21 +80,25 @@ class PlainLines:
 
 
 class Bar:
-    """A bar with the latest training figures, and a line above it for each validation."""
+    """A bar that moves with each step, and a line above it for each validation; rich redraws it ten times a second."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
-        self.task = progress.add_task("", total=None)
+        self.task = progress.add_task("loading", total=None, images=0)
+        self.last = 0.0
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Started):
             self.progress.console.print(started_line(event), soft_wrap=True)
-            self.progress.update(self.task, total=event.total_steps, completed=event.step)
+            self.progress.update(self.task, total=event.total_steps, completed=event.step, description="")
+        elif isinstance(event, Stepped) and time.monotonic() - self.last >= SECONDS_BETWEEN_UPDATES:
+            self.progress.update(self.task, completed=event.step, images=event.images)
+            self.last = time.monotonic()
+        elif isinstance(event, Logged) and event.record["split"] == "validation":
+            self.progress.console.print(record_line(event.record), soft_wrap=True)
         elif isinstance(event, Logged):
-            line = record_line(event.record)
-            if event.record["split"] == "validation":
-                self.progress.console.print(line, soft_wrap=True)
-            self.progress.update(self.task, completed=event.record["step"], description=line)
+            step, nats = event.record["step"], event.record["nats"]
+            self.progress.update(self.task, completed=step, description=f"{nats:.1f} nats")
 
 
 def started_line(event: Started) -> str:
@@ -81,9 +114,8 @@ def started_line(event: Started) -> str:
 
 
 def record_line(record: dict[str, Any]) -> str:
-    """A record of metrics.jsonl in words."""
-    speed = f"  {record['images_per_second']:,.0f} images/s" if "images_per_second" in record else ""
+    """A record of metrics.jsonl in words, for 80 columns."""
     return (
-        f"epoch {record['epoch']:>3}  {record['split']:<10}  {record['nats']:8.2f} nats/image = {record['recon']:.2f} "
-        f"reconstruction + {record['kl']:.2f} KL  ({record['bits_per_dim']:.4f} bits/dim){speed}"
+        f"epoch {record['epoch']:>3}  {record['split']:<10}  {record['nats']:8.2f} nats = {record['recon']:.2f} recon "
+        f"+ {record['kl']:.2f} KL, {record['bits_per_dim']:.3f} bits/dim"
     )

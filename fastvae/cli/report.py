@@ -1,13 +1,12 @@
 """`fastvae report`: a run as one page."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
+from fastvae.evaluation.elbo import baseline_nats, evaluate
 from fastvae.training.config import read_run_config
-from fastvae.training.evaluation import baseline_nats, evaluate
-from fastvae.training.run_folder import METRICS_FILE, naming_the_run, read_metrics
+from fastvae.training.run_folder import METRICS_FILE, read_metrics, wrap_io_errors
 
-from .inputs import load_images, load_objective
+from .inputs import ModelOptions, load_images, load_objective
 
 HELP = """Draw the pictures and report.html of a run anew: of one that was stopped, say, or that is still training.
 
@@ -15,23 +14,18 @@ The page holds curves, reconstructions over time, samples, interpolations, laten
 space. It needs no other file and no network.
 
 Examples:
-  fastvae report --model runs/fashion-mnist-20260101-120000
+  fastvae report --model runs/first
 """
 
 
-@dataclass(frozen=True)
-class Report:
+@dataclass(frozen=True, kw_only=True)
+class Report(ModelOptions):
     """Options of `fastvae report`."""
-
-    model: Path
-    """Run folder of `fastvae train`."""
-    device: str = "auto"
-    """Where to compute: "auto", "cpu", "cuda", ..."""
 
 
 def run(options: Report) -> int:
     """Write the page and say where it is."""
-    from fastvae.training.report import summarize
+    from fastvae.evaluation.report import summarize
 
     read_run_config(options.model)  # a folder without one is no run
     objective = load_objective(options.model, options.device)
@@ -39,7 +33,7 @@ def run(options: Report) -> int:
     scores = evaluate(objective, validation)
     baseline = baseline_nats(train, validation, objective.likelihood)
     records = read_metrics(options.model / METRICS_FILE)
-    with naming_the_run(options.model):
+    with wrap_io_errors(options.model):
         report, *_ = summarize(options.model, objective, validation, scores, records=records, baseline=baseline)
     print(report)
     return 0

@@ -1,13 +1,16 @@
 """`fastvae train`: the training loop with words around it."""
 
 import sys
+from dataclasses import fields
 
+from fastvae._distributed import is_first_process
 from fastvae.presets import PRESETS
 from fastvae.training import TrainConfig, train
-from fastvae.training.distributed import is_first_process
+from fastvae.training.loss_config import LossConfig
 from fastvae.training.run_folder import METRICS_FILE
 
 from .evaluate import summary
+from .malloc import keep_freed_memory
 from .output import Output
 from .progress import reporter
 
@@ -18,21 +21,31 @@ Leaves a run folder with weights, metrics, a checkpoint, pictures and a report. 
 
 It minimises recon_weight * reconstruction + beta * KL, by default the negative ELBO. Both terms are reported in nats
 per image, whatever their weights and reductions.
-  --likelihood  gaussian learns one variance, gaussian_fixed keeps it, gaussian_optimal has the best of each batch;
-                scaled_l1 and scaled_l2 learn a scale. With bernoulli, bernoulli_probs, l2_logits and l1_logits the
-                decoder gives logits, and pictures show probabilities.
-  --likelihood-parameter  is delta of huber, beta of smooth_l1, alpha of log_cosh, log variance of gaussian and
-                gaussian_fixed, log scale of scaled_l1 and scaled_l2.
-  --preset      {", ".join(PRESETS)}
+
+Likelihoods: gaussian learns one variance, gaussian_fixed keeps it, gaussian_optimal uses the best one of each batch;
+scaled_l1 and scaled_l2 learn a scale. With bernoulli, bernoulli_probs, l2_logits and l1_logits the decoder returns
+logits, and pictures show probabilities. The likelihood parameter is delta of huber, beta of smooth_l1, alpha of
+log_cosh, the log variance of gaussian and gaussian_fixed, and the log scale of scaled_l1 and scaled_l2.
+
+Presets: {", ".join(PRESETS)}.
 
 Examples:
   fastvae train
   fastvae train --data my-photos/ --image-size 64 64 --out runs/photos
   fastvae train --data images.npy --backbone mlp --latent-dim 16 --beta 4
-  fastvae train --likelihood bernoulli --beta-schedule linear --beta-steps 2000 --ema 0.999
+  fastvae train --likelihood bernoulli --beta-schedule linear --ema 0.999
   fastvae train --preset ldm --beta 1e-4 --free-bits 0.1 --free-bits-mode dim
   fastvae train --resume runs/photos
 """
+
+GROUPS = {
+    "data": "data image_size flip strict validation",
+    "model": "backbone latent_dim width residual hidden latent_channels",
+    "loss": " ".join(field.name for field in fields(LossConfig)),
+    "optimisation": "epochs batch_size learning_rate warmup_steps weight_decay clip_norm ema seed",
+    "run and logging": "out resume init_from log log_every checkpoint_every",
+    "scale": "device precision workers cache channels_last accumulate checkpointing compile shard",
+}
 
 WORDS = {
     "report.html": "all of it as one page, with the latent space to explore",
@@ -46,6 +59,7 @@ WORDS = {
 
 def run(config: TrainConfig) -> int:
     """Train, report progress, and say where the results are."""
+    keep_freed_memory()
     if not is_first_process():
         train(config)
         return 0

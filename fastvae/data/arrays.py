@@ -42,7 +42,7 @@ def images_from_array(array: npt.NDArray[Any], name: str, image_size: tuple[int,
         array: [N, H, W], [N, H, W, C] or [N, C, H, W] with C = 1 or 3; uint8, or floats in [0, 1], which are rounded to
             n / 255. uint8 arrays are not copied.
         name: What messages call it.
-        image_size: (H, W) to resize to, antialiased bicubic; None leaves the size.
+        image_size: (H, W) to crop and resize to, antialiased bicubic; None leaves the size.
 
     Raises:
         DataError: another shape or dtype, no images, NaN, values outside [0, 1].
@@ -130,6 +130,12 @@ def _quantize(array: npt.NDArray[Any], name: str) -> npt.NDArray[np.uint8]:
 
 
 def _resize(images: Tensor, image_size: tuple[int, int]) -> Tensor:
+    """The largest part of image_size's aspect ratio at the centre of each image, resized."""
+    height, width = images.shape[2:]
+    scale = min(height / image_size[0], width / image_size[1])
+    part_height, part_width = (max(1, round(scale * side)) for side in image_size)
+    top, left = (height - part_height) // 2, (width - part_width) // 2
+    images = images[:, :, top : top + part_height, left : left + part_width]
     resized = torch.empty((*images.shape[:2], *image_size), dtype=torch.uint8, device="cpu")
     for chunk in _chunks(tuple(images.shape), images.itemsize):
         # in floats: on bytes PyTorch rounds between the two directions and ends up to 8 levels from Pillow

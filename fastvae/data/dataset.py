@@ -2,6 +2,7 @@
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,11 @@ class ImageDataset(Dataset[Tensor], ABC):
 
     Attributes:
         shape: (C, H, W) of every image; C is 1 (grey) or 3 (RGB).
+        class_names: Names of the labels 0, 1, ..., for pictures; None if there are none.
     """
 
     shape: tuple[int, int, int]
+    class_names: Sequence[str] | None = None
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -99,8 +102,10 @@ def split(dataset: Dataset[Tensor], *, validation: float = 0.1, seed: int = 0) -
         raise ValueError(f"validation must be a share between 0 and 1, both excluded; got {validation}. Pass 0.1, say.")
     n_images = len(dataset)  # type: ignore[arg-type]
     if n_images < 2:
+        skipped = [f" {name} was left out: {why}." for name, why in getattr(dataset, "skipped", {}).items()]
         raise DataError(
-            f"a split needs at least 2 images, one to train and one to validate; got {n_images}. Add images."
+            f"a split needs at least 2 images, one to train and one to validate; got {n_images}.{''.join(skipped[:3])} "
+            "Add images."
         )
     random = torch.Generator("cpu").manual_seed(seed)
     groups: Tensor | None = getattr(dataset, "groups", None)

@@ -22,11 +22,12 @@ class FolderImages(EncodedImages):
     are left out. Images stay grey, one channel, if every file is; else all are RGB. Transparency is dropped; of an
     animation the first frame is taken; a photograph is turned upright as its EXIF orientation says.
 
-    Folders of classes are sub-folders as any others; `labels` numbers them.
+    Folders of classes are sub-folders as any others; `labels` numbers them, and `class_names` has their names.
 
     Args:
         root: The folder.
-        image_size: (H, W) to resize to, antialiased bicubic, aspect ratio not kept; None: sizes must agree.
+        image_size: (H, W) to resize to, antialiased bicubic, cropped at the centre where the aspect ratio differs;
+            None: sizes must agree.
         strict: Whether a damaged file or a folder that cannot be listed is an error: headers are checked here, and a
             file damaged further in is named when it is decoded. If not, every file is decoded once here, and those
             that cannot be are left out.
@@ -40,7 +41,7 @@ class FolderImages(EncodedImages):
             image or deeper than 8 bits, or a folder that cannot be listed.
     """
 
-    labels: Tensor | None
+    labels: Tensor | None = None
 
     def __init__(self, root: Path, image_size: tuple[int, int] | None = None, *, strict: bool = True) -> None:
         if is_run_folder(root):
@@ -48,9 +49,11 @@ class FolderImages(EncodedImages):
         self.paths, self.skipped = _find_images(root, strict=strict)
         kept = self._check_all(str(root), image_size, strict=strict)
         self.paths = [self.paths[index] for index in kept]
-        classes = {folder: number for number, folder in enumerate(sorted({path.parent for path in self.paths}))}
-        numbers = [classes[path.parent] for path in self.paths]
-        self.labels = torch.tensor(numbers, device="cpu") if len(classes) > 1 else None
+        folders = sorted({path.parent for path in self.paths})
+        if len(folders) > 1:
+            numbers = {folder: number for number, folder in enumerate(folders)}
+            self.labels = torch.tensor([numbers[path.parent] for path in self.paths], device="cpu")
+            self.class_names = [folder.name for folder in folders]
 
     def __len__(self) -> int:
         return len(self.paths)

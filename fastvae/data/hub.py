@@ -18,7 +18,7 @@ class HubImages(EncodedImages):
         name: Of the data set, or a folder.
         split: One of the data set's; of a folder of a single split, without a meaning.
         column: The first column of images if None.
-        image_size: (height, width) to resize to, antialiased bicubic; None: sizes must agree.
+        image_size: (height, width) to crop and resize to, antialiased bicubic; None: sizes must agree.
         strict: Whether a row without an image, or with one that cannot be read, is an error; if not, every image is
             decoded once here, and those that cannot be are left out. All images are looked at in either case.
 
@@ -68,6 +68,7 @@ class HubImages(EncodedImages):
             self.shape = (1 if mode in GREY_MODES else 3, *self.shape[1:])
         label = next((key for key in ("labels", "label") if _is_integer(rows.features.get(key))), None)
         self.labels = None if label is None else torch.tensor(rows[label][:], device="cpu")[self._rows]
+        self.class_names = getattr(rows.features.get(label), "names", None)
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -54,7 +54,7 @@ class EncodedImages(ImageDataset):
 
         Args:
             origin: Name of the data set in messages.
-            image_size: (height, width) to resize to; None if sizes must agree.
+            image_size: (height, width) to crop and resize to; None if sizes must agree.
             strict: Whether to raise for an image that cannot be read after checking the headers alone. If False,
                 every image is decoded, and those that fail are added to `skipped`.
 
@@ -94,7 +94,7 @@ class EncodedImages(ImageDataset):
             return name, error
 
     def __getitem__(self, index: int) -> Tensor:
-        from PIL import Image
+        from PIL import Image, ImageOps
 
         channels, height, width = self.shape
         name, source = self._encoded(index)
@@ -106,7 +106,7 @@ class EncodedImages(ImageDataset):
                         f"{name} is now {_words((pixels.height, pixels.width))} and was {_words((height, width))} when "
                         "the data was loaded. Leave the images alone while they are read."
                     )
-                pixels = pixels.resize((width, height), Image.Resampling.BICUBIC)
+                pixels = ImageOps.fit(pixels, (width, height), Image.Resampling.BICUBIC)
         return torch.from_numpy(np.array(pixels).reshape(height, width, channels)).permute(2, 0, 1).contiguous()
 
     def keys(self) -> npt.NDArray[np.uint64]:

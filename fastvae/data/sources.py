@@ -11,6 +11,7 @@ from .idx import read_idx_images
 from .photos import PhotoCrops
 
 EMBEDDED = {"fashion-mnist": "fashion_mnist.npz"}
+CLASS_NAMES = ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 NAMES = (*EMBEDDED, "photos")
 FORMS = (
     f"a name ({', '.join(NAMES)}), a folder of images, a .npy or .npz file, idx:DIR with IDX files, or "
@@ -35,7 +36,8 @@ def load(source: str | Path, *, image_size: tuple[int, int] | None = None, stric
 
     Args:
         source: As in the table; `~` is the home directory.
-        image_size: (height, width) to resize every image to, antialiased, aspect ratio not kept; None: as they are.
+        image_size: (height, width) to resize every image to, antialiased, cropped at the centre where its aspect ratio
+            differs; None: as they are.
         strict: Whether a damaged image in a folder or a Hugging Face data set is an error; if not, it is left out and
             listed in `.skipped`.
 
@@ -52,7 +54,9 @@ def load(source: str | Path, *, image_size: tuple[int, int] | None = None, stric
     if text.strip() in ("", "hf:", "idx:"):
         raise DataError(f"the data set has no name: got {text!r}. Pass {FORMS}.")
     if text in EMBEDDED:
-        return load_array_file(Path(__file__).with_name(EMBEDDED[text]), image_size)
+        dataset = load_array_file(Path(__file__).with_name(EMBEDDED[text]), image_size)
+        dataset.class_names = CLASS_NAMES
+        return dataset
     if text == "photos":
         return PhotoCrops(image_size)
     if text.startswith("hf:"):

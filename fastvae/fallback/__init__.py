@@ -1,5 +1,5 @@
 """The ops in pure PyTorch, for CPUs and every device that Triton does not serve: one file per op.
 
-Each module has the functions of its twin in `fastvae_kernels`, with the same arguments, so that an op never asks which
-of the two it holds.
+Each module has the functions of the module of this name in `fastvae_kernels`, with the same arguments, so an op calls
+both backends alike.
 """

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from .count_rows import Batch, Piece
-from .count_terms import LOST, NEAR_ZERO, OfNonzeros
+from .count_rows import Batch, Piece, places_of
+from .count_terms import LOST, NEAR_ZERO, OfNonzeros, exceeds, log_ratio
 from .stirling import HALF_LOG_2PI, p_exact, p_of_inverse, s_exact, s_of_inverse
 
 
@@ -85,12 +85,9 @@ class NegativeBinomial(OfNonzeros):
 
     def _lost(self, piece: Piece, slope: Tensor, by_log_mu: Tensor, theta: Tensor) -> tuple[Tensor, Tensor] | None:
         """Places in the piece where L - T, or the value of a count, cancels, and L - T there."""
-        if not slope.numel():
+        if not exceeds(by_log_mu, LOST):
             return None
-        low, high = by_log_mu.aminmax()
-        if not bool((low < -LOST) | (high > LOST)):
-            return None
-        places = ((by_log_mu.abs() > LOST) & (slope > -1) & (slope < 0.5)).view(-1).nonzero().view(-1)
+        places = places_of((by_log_mu.abs() > LOST) & (slope > -1) & (slope < 0.5))
         mu, counts, t = (
             x.expand(piece.mu.shape).reshape(-1).index_select(0, places).double()
             for x in (piece.mu, piece.counts, theta)
@@ -130,34 +127,36 @@ class NegativeBinomial(OfNonzeros):
         self, start: int, end: int, counts: Tensor, mu: Tensor, lost: Tensor | None, rows: tuple[int, int]
     ) -> Tensor:
         where = self._places_of_theta(start, end, rows)
-        if lost is not None:
-            counts, mu = counts.double(), mu.double()
-        if self.kind == "cell":
-            theta = self.table.view(-1).index_select(0, where)
-            theta, constant, p_theta = (t.to(counts.dtype) for t in (theta, *self._constants(theta)))
-        else:
-            theta, constant, p_theta = (t.index_select(0, where) for t in self.by_dtype[counts.dtype])
+        exact = self.exact or bool(counts.amin() < 1)
+        theta, constant, p_theta = self._at(where, counts.dtype)
         z = counts + theta
         w = z.reciprocal()
-        over = (mu + theta).mul_(w).mul_(counts)
         r = torch.sub(counts, mu).mul_(theta).mul_(w).div_(mu)
-        terms = self.log_quotients(start, end, counts, mu, r, over).mul_(counts)
-        terms.add_(torch.mul(counts, z).log_().mul_(0.5)).add_(constant)
-        exact = self.exact or bool(counts.amin() < 1)
-        if exact:
-            terms.add_(s_exact(counts)).sub_(s_exact(z))
-        else:
-            terms.add_(s_of_inverse(counts.reciprocal())).sub_(s_of_inverse(w))
+        over = torch.add(mu, theta).mul_(w).mul_(counts)
+        ratio = self.log_quotients(start, end, r, over, mu)
+        terms = _of_counts(counts, z, w, ratio, constant, exact)
+        if lost is not None:
+            at = self.positions(start, end, lost)
+            few, means = counts[at].double(), mu[at].double()
+            theta, constant, _ = self._at(where[at], torch.float64)
+            total = few + theta
+            ratio = log_ratio(theta * (few - means) / (total * means), (means + theta) * few / total, means)
+            found = _of_counts(few, total, 1 / total, ratio, constant, exact)
+            terms[at] = found.add_(theta * torch.log1p((means - few) / total)).to(terms.dtype)
         if self.by_theta is not None:
             assert self.batch.factors is not None
             lengths = self.nonzeros.offsets[rows[0] : rows[1] + 1].diff()
             factors = self.batch.factors[rows[0] : rows[1]].repeat_interleave(lengths)
             by_theta = (p_exact(z) if exact else p_of_inverse(w)).sub_(p_theta).to(factors.dtype).mul_(factors)
             self.by_theta.view(-1).index_add_(0, where, by_theta)
-        if lost is not None:
-            at = self.positions(start, end, lost)
-            terms[at] += theta[at] * torch.log1p((mu[at] - counts[at]) / z[at])
-        return terms.to(self.batch.dtype)
+        return terms
+
+    def _at(self, where: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """theta, S(theta) and what goes with it, and P(theta), at places of the flattened log_theta."""
+        if self.kind != "cell":
+            return tuple(t.index_select(0, where) for t in self.by_dtype[dtype])
+        theta = self.table.view(-1).index_select(0, where)
+        return tuple(t.to(dtype) for t in (theta, *self._constants(theta)))
 
     def _places_of_theta(self, start: int, end: int, rows: tuple[int, int]) -> Tensor:
         """In the flattened log_theta."""
@@ -175,6 +174,13 @@ class NegativeBinomial(OfNonzeros):
     def finish(self) -> None:
         if self.by_theta is not None:
             self.batch.grads.log_theta.copy_(self.by_theta.mul_(self.theta))
+
+
+def _of_counts(counts: Tensor, z: Tensor, w: Tensor, ratio: Tensor, constant: Tensor, exact: bool) -> Tensor:
+    terms = ratio.mul_(counts).add_(torch.mul(counts, z).log_(), alpha=0.5).add_(constant)
+    if exact:
+        return terms.add_(s_exact(counts)).sub_(s_exact(z))
+    return terms.add_(s_of_inverse(counts.reciprocal())).sub_(s_of_inverse(w))
 
 
 class ZeroInflated(NegativeBinomial):
@@ -199,9 +205,9 @@ class ZeroInflated(NegativeBinomial):
         negative = torch.neg(d, out=other)
         torch.sigmoid(negative, out=not_inflated)
         if batch.grads.zero_logits is not None:
-            by_d = torch.sub(keep, not_inflated)
             assert batch.factors is not None
-            batch.grads.zero_logits[rows] = by_d.mul_(batch.factors[rows, None])
+            by_d = torch.sub(keep, not_inflated, out=batch.scratch("i")[:n])
+            batch.grads.zero_logits[rows].copy_(by_d.mul_(batch.factors[rows, None]))
         # -softplus(h) is min(-h, 0) + log(sigmoid(|h|)), and theta L + min(-h, 0) is min(theta L, -d)
         large = d.numel() and float(d.amax()) > 80.0
         inflated = torch.nn.functional.softplus(d) if large else None

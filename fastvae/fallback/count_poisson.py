@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .count_rows import Batch, Piece
-from .count_terms import LOST, OfNonzeros
+from .count_terms import LOST, OfNonzeros, log_ratio
 from .stirling import HALF_LOG_2PI, s_exact, s_of_inverse
 
 
@@ -14,30 +14,38 @@ class Poisson(OfNonzeros):
     def dense(self, piece: Piece, places: Tensor) -> None:
         batch = self.batch
         difference = torch.sub(piece.mu, piece.counts, out=batch.scratch("a")[: len(piece.mu)])
-        if batch.grads.logits is not None or batch.grads.log_library is not None:
-            gradient = batch.scratch("b")[: len(piece.mu)].copy_(difference)
-            batch.write_gradients(piece, gradient)
-        low, high = difference.aminmax() if difference.numel() else (torch.zeros(()),) * 2
+        values, low, high = (
+            difference,
+            *(difference.aminmax() if difference.numel() else (difference.new_zeros(()),) * 2),
+        )
         if not self.exact and bool((low < -LOST) | (high > LOST)):
-            at = difference.view(-1).index_select(0, places)
-            lost = places[at.abs() > LOST]
-            difference.view(-1).index_fill_(0, lost, 0.0)
-            self.lost.append(lost + piece.first * batch.n_columns)
-        torch.sum(difference, 1, out=batch.nll[piece.first : piece.last])
+            at, mu = (t.view(-1).index_select(0, places) for t in (difference, piece.mu))
+            lost = places[(at.abs() > LOST) & (at.abs() < mu)]
+            if lost.numel():
+                values = difference.clone()
+                values.view(-1).index_fill_(0, lost, 0.0)
+                self.lost.append(lost + piece.first * batch.n_columns)
+        torch.sum(values, 1, out=batch.nll[piece.first : piece.last])
+        if batch.factors is not None:
+            batch.write_gradients(piece, difference)
 
     def terms(
         self, start: int, end: int, counts: Tensor, mu: Tensor, lost: Tensor | None, rows: tuple[int, int]
     ) -> Tensor:
-        if lost is not None:
-            counts, mu = counts.double(), mu.double()
-        ratio = self.log_quotients(start, end, counts, mu, (counts - mu) / mu, counts)
         exact = self.exact or bool(counts.amin() < 1)
-        s = s_exact(counts) if exact else s_of_inverse(counts.reciprocal())
-        terms = ratio.mul_(counts).add_(counts.log().mul_(0.5)).add_(s.add_(HALF_LOG_2PI))
+        ratio = self.log_quotients(start, end, torch.sub(counts, mu).div_(mu), counts, mu)
+        terms = _of_counts(counts, ratio, exact)
         if lost is not None:
             at = self.positions(start, end, lost)
-            terms[at] += mu[at] - counts[at]
-        return terms.to(self.batch.dtype)
+            few, means = counts[at].double(), mu[at].double()
+            found = _of_counts(few, log_ratio((few - means) / means, few, means), exact)
+            terms[at] = found.add_(means).sub_(few).to(terms.dtype)
+        return terms
+
+
+def _of_counts(counts: Tensor, ratio: Tensor, exact: bool) -> Tensor:
+    s = s_exact(counts) if exact else s_of_inverse(counts.reciprocal())
+    return ratio.mul_(counts).add_(counts.log(), alpha=0.5).add_(s).add_(HALF_LOG_2PI)
 
 
 class Multinomial:

@@ -3,12 +3,13 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastvae_kernels.count_types import CountGrads, CountOptions, CountTensors
 
-from .pages import advise_large_pages, scratch_like
+from .hugepages import advise_huge_pages
 
 _SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 
@@ -20,6 +21,11 @@ class Nonzeros(NamedTuple):
     offsets: Tensor  # of the first of each row, and the end
     ends: list[int]  # the same
     values: Tensor  # in the dtype of arithmetic
+
+
+def places_of(chosen: Tensor) -> Tensor:
+    """Where a bool tensor is true, in its flattened form. NumPy finds them in a fifth of torch.nonzero's time."""
+    return torch.from_numpy(np.flatnonzero(chosen.numpy()))
 
 
 class Piece(NamedTuple):
@@ -54,20 +60,23 @@ class Batch:
         self.nll = torch.zeros(self.n_rows, dtype=dtype)
         self.log_library = None if tensors.log_library is None else tensors.log_library.to(dtype)
         self.library = None if self.log_library is None else self.log_library.exp()[:, None]
+        self._scratch: dict[str, Tensor] = {}
         self.invalid = False  # some count is negative, NaN or infinite
         for gradient in grads:
             if gradient is not None:
-                advise_large_pages(gradient)
+                advise_huge_pages(gradient)
 
     def scratch(self, name: str) -> Tensor:
-        """Memory for a piece."""
-        return scratch_like(self.logits[: self.rows], self.dtype, f"counts {name}")
+        """Memory for a piece, the same for all pieces of this batch."""
+        if name not in self._scratch:
+            self._scratch[name] = torch.empty_like(self.logits[: self.rows], dtype=self.dtype)
+        return self._scratch[name]
 
     def nonzeros(self) -> Nonzeros:
         counts, mask, n = self.counts, self.mask, self.n_columns
         if counts.layout == torch.strided:
             chosen = counts.bool() if mask is None else counts.bool() & mask
-            index = chosen.view(-1).nonzero().view(-1)
+            index = places_of(chosen)
             signed = _SIGNED.get(counts.dtype, counts.dtype)  # torch selects no elements of the others
             values = counts.view(-1).view(signed).index_select(0, index).view(counts.dtype).to(self.dtype)
         else:

@@ -1,7 +1,5 @@
 """What likelihoods of counts share: terms of all elements, piece by piece, and of lists of nonzero counts."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -13,11 +11,20 @@ NEAR_ZERO = -0.9  # q from which on 1 + q has too few digits left
 _SMALL_MEAN = 1e-30  # of which a logarithm, or a quotient by it, is not to be trusted
 
 
+def exceeds(tensor: Tensor, limit: float) -> bool:
+    """Whether some element is larger, in absolute value."""
+    if not tensor.numel():
+        return False
+    low, high = tensor.aminmax()
+    return float(low) < -limit or float(high) > limit
+
+
 def log_ratio(q: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:
     """log(1 + q), given 1 + q as a quotient too: 1 + q alone loses the digits of one near 0."""
     near = torch.log1p(q)
-    low = q < NEAR_ZERO
-    return torch.where(low, (numerator / denominator).log_(), near) if bool(low.any()) else near
+    if q.numel() and float(q.amin()) < NEAR_ZERO:
+        return torch.where(q < NEAR_ZERO, (numerator / denominator).log_(), near)
+    return near
 
 
 class OfNonzeros:
@@ -57,12 +64,12 @@ class OfNonzeros:
         offsets = nonzeros.offsets[first : last + 1] - start
         self.batch.nll[first:last] += torch.segment_reduce(terms, "sum", offsets=offsets, unsafe=True)
 
-    def log_quotients(self, start: int, end: int, counts: Tensor, mu: Tensor, q: Tensor, over: Any) -> Tensor:
-        """log((1 + q)), q = over / mu - 1, where mu may be too small to divide by."""
+    def log_quotients(self, start: int, end: int, q: Tensor, over: Tensor, mu: Tensor) -> Tensor:
+        """log(1 + q), q = over / mu - 1, of the list from `start` to `end`, where mu may be too small to divide by."""
         result = log_ratio(q, over, mu)
         small = mu < _SMALL_MEAN
         if bool(small.any()):
-            result[small] = over[small].log() - self.batch.log_means(self.nonzeros, start, end, small).to(result.dtype)
+            result[small] = over[small].log() - self.batch.log_means(self.nonzeros, start, end, small)
         return result
 
     def positions(self, start: int, end: int, lost: Tensor) -> Tensor:

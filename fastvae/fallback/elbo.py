@@ -1,4 +1,4 @@
-"""The loss of a VAE in few passes: what the kernel of this name does, for any device."""
+"""The loss of a VAE in few passes over memory, on any device."""
 
 import math
 from collections.abc import Sequence
@@ -19,12 +19,13 @@ from fastvae_kernels.types import (
 
 from .. import reference
 from .._dtypes import in_dtype
-from .gaussian import kl_gradients, kl_terms, rows, sum_by_sample
-from .images import Coefficient, Images, sum_errors, write_gradients
+from .coefficients import host_value, per_row, rescale, scaled, scales_exactly, term_gradient
+from .gaussian import kl_gradients, kl_terms, sum_by_sample
+from .images import Coefficient, Images, sum_errors, sum_weighed_errors, write_gradients
 
 
 class ElboPlan(NamedTuple):
-    """What one kind of call comes to."""
+    """The options of calls with equal signatures."""
 
     options: ElboOptions
     by_sample: bool  # options act on samples
@@ -39,7 +40,7 @@ class ElboPlan(NamedTuple):
 class SampleGraph(NamedTuple):
     """The terms of samples as a small graph of autograd, from the sums of samples to the outputs."""
 
-    inputs: tuple[Any, ...]  # errors, KL, KL under free bits, weight, extra, log scale, beta, recon_weight, capacity
+    inputs: tuple[Any, ...]  # errors, weighed errors, KL, KL under free bits, `ElboTensors` of samples, `ElboNumbers`
     outputs: tuple[Tensor, Tensor, Tensor]
 
     def backward(self, upstream: tuple[Tensor | None, ...]) -> tuple[list[Tensor | None], list[Tensor | None]]:
@@ -52,14 +53,17 @@ class SampleGraph(NamedTuple):
             result = torch.autograd.grad(outputs, asked, gradients, retain_graph=True, allow_unused=True)
             found = {id(t): g for t, g in zip(asked, result, strict=True)}
         found_in_place = [found.get(id(t)) for t in self.inputs]
-        return found_in_place[:3], found_in_place[3:]
+        return found_in_place[:_N_SUMS], found_in_place[_N_SUMS:]
+
+
+_N_SUMS = 4
 
 
 Outputs = tuple[Tensor, Tensor, Tensor, tuple[Any, ...]]
 
 
 def plan_elbo(metas: ElboTensors, numbers: ElboNumbers, options: ElboOptions, writes_gradient: bool) -> ElboPlan:
-    """As the function of this name of the kernels."""
+    """See `fastvae_kernels.elbo`."""
     first = next(meta for meta in metas if meta is not None)
     return ElboPlan(
         options=options,
@@ -76,12 +80,12 @@ def plan_elbo(metas: ElboTensors, numbers: ElboNumbers, options: ElboOptions, wr
 def elbo_fwd(
     plan: ElboPlan, inputs: Sequence[Any], numbers: Sequence[Any], drecon: Tensor | None, dlog_scale: Tensor | None
 ) -> Outputs:
-    """As the function of this name of the kernels."""
+    """See `fastvae_kernels.elbo`."""
     tensors = ElboTensors(*inputs)
     if plan.by_sample:
         return _elbo_fwd_by_sample(plan, tensors, ElboNumbers(*numbers), drecon, dlog_scale)
     # plain numbers wherever the host may read them: arithmetic on those costs nothing
-    beta, recon_weight = _value(numbers[0]), _value(numbers[1])
+    beta, recon_weight = host_value(numbers[0]), host_value(numbers[1])
     recon_term: Coefficient = 0.0
     kl_term: Coefficient = 0.0
     regularized: Coefficient | None = None
@@ -90,7 +94,7 @@ def elbo_fwd(
         weight = plan.recon_scale * _number(recon_weight) if drecon is not None else 0.0
         images = _images(tensors, ElboTensors(recon=drecon, log_scale=dlog_scale))
         errors = sum_errors(images, weight, options.error, per_sample=options.per_sample)
-        recon_term = _scaled(_value(errors), plan.recon_scale) + plan.recon_constant
+        recon_term = scaled(host_value(errors), plan.recon_scale) + plan.recon_constant
     kl = tensors.kl
     if kl is None and tensors.mu is not None:
         kl, raised = kl_terms(tensors, options, plan.dtype)
@@ -98,7 +102,7 @@ def elbo_fwd(
     if kl is not None:
         kl_term = _reduced(kl.to(plan.dtype), plan)
     weighed = kl_term if regularized is None else regularized
-    loss = _scaled(recon_term, recon_weight) + _scaled(weighed, beta)
+    loss = scaled(recon_term, recon_weight) + scaled(weighed, beta)
     loss, recon_term, kl_term = (_result(t, plan) for t in (loss, recon_term, kl_term))
     kl_term = kl_term.clone() if kl_term is tensors.kl else kl_term
     # the values of tensors may change before the backward pass
@@ -110,14 +114,19 @@ def _elbo_fwd_by_sample(
     plan: ElboPlan, tensors: ElboTensors, numbers: ElboNumbers, drecon: Tensor | None, dlog_scale: Tensor | None
 ) -> Outputs:
     options, dtype = plan.options, plan.dtype
-    errors = kl = regularized = None
+    errors = weighed = kl = regularized = None
     n_selected: float | Tensor = 0.0
+    n_weighed: Tensor | None = None
     if tensors.recon is not None:
         weight: Coefficient = 0.0
         if drecon is not None:
             weight = _error_factor(tensors, options, plan.recon_scale * _number(numbers.recon_weight))
         images = _images(tensors, ElboTensors(recon=drecon, log_scale=dlog_scale))
-        errors = sum_errors(images, weight, options.error, per_sample=True)
+        if tensors.weight_map is None:
+            errors = sum_errors(images, weight, options.error, per_sample=True)
+        else:
+            errors, weighed = sum_weighed_errors(images, weight, options.error)
+            n_weighed = sum_by_sample(reference.selected(tensors.weight_map, tensors.mask), dtype)
         n_selected = float(math.prod(tensors.recon.shape[1:]))
         if tensors.mask is not None:
             count = torch.int32 if n_selected < 2**31 else torch.int64  # the former adds up twice as fast
@@ -125,17 +134,20 @@ def _elbo_fwd_by_sample(
     kl = tensors.kl
     if kl is None and tensors.mu is not None:
         kl, regularized = kl_terms(tensors, options, plan.dtype)
-    small = tensors.weight, tensors.extra, tensors.sample_log_scale, *numbers
+    small = *tensors[_FIRST_SMALL:], *numbers
     with torch.set_grad_enabled(plan.differentiable):
         sums = [
-            None if t is None else t.detach().requires_grad_(plan.differentiable) for t in (errors, kl, regularized)
+            None if t is None else t.detach().requires_grad_(plan.differentiable)
+            for t in (errors, weighed, kl, regularized)
         ]
         leaves = [_leaf(t) if isinstance(t, Tensor) else t for t in small]
+        n_numbers = len(numbers)
         outputs = reference.combine(
-            *(sums[0], n_selected, sums[1], sums[2]),
-            tensors._replace(weight=leaves[0], extra=leaves[1], sample_log_scale=leaves[2]),
-            ElboNumbers(*leaves[3:]),
+            *(sums[0], n_selected, sums[2], sums[3]),
+            ElboTensors(*tensors[:_FIRST_SMALL], *leaves[:-n_numbers]),
+            ElboNumbers(*leaves[-n_numbers:]),
             options,
+            None if sums[1] is None or n_weighed is None else (sums[1], n_weighed),
         )
     loss, recon_term, kl_term = (t.detach() for t in outputs)
     return loss, recon_term, kl_term, (SampleGraph((*sums, *leaves), outputs),)
@@ -160,7 +172,7 @@ def elbo_bwd(
     *,
     held: bool,
 ) -> Sequence[Tensor | None]:
-    """As the function of this name of the kernels."""
+    """See `fastvae_kernels.elbo`."""
     tensors, gradients = ElboTensors(*inputs), ElboTensors(*buffers[: len(ElboTensors._fields)])
     small: Sequence[Tensor | None] = buffers[_FIRST_SMALL:]
     dloss, drecon_term, dkl_term = upstream
@@ -172,33 +184,37 @@ def elbo_bwd(
     if plan.by_sample:
         graph: SampleGraph = saved[0]
         of_sums, small = graph.backward(upstream)
-        of_error, of_kl, of_free_bits = (0.0 if gradient is None else gradient for gradient in of_sums)
+        of_error, of_weighed, of_kl, of_free_bits = (0.0 if gradient is None else gradient for gradient in of_sums)
+        # a gradient of the reconstruction term has no part in what the forward pass weighed and wrote
+        held = held and (tensors.recon_weights is None or drecon_term is None)
         if held:
-            factor = _combine(dloss, 1.0, None if drecon_term is None else drecon_term / numbers[1])
+            factor = term_gradient(dloss, 1.0, None if drecon_term is None else drecon_term / numbers[1])
     else:
         beta, recon_weight = saved
-        of_error = _combine(dloss, recon_weight, drecon_term)
+        of_error = term_gradient(dloss, recon_weight, drecon_term)
         if held:
             factor = of_error / recon_weight
         of_error = of_error * plan.recon_scale
         has_free_bits = options.free_bits is not None
-        of_kl = _combine(None if has_free_bits else dloss, beta, dkl_term) * options.kl_normalizer
-        of_free_bits = _combine(dloss, beta, None) * options.kl_normalizer if has_free_bits else 0.0
-    _image_gradients(plan, tensors, gradients, of_error, factor, held=held)
+        of_kl = term_gradient(None if has_free_bits else dloss, beta, dkl_term) * options.kl_normalizer
+        of_free_bits = term_gradient(dloss, beta, None) * options.kl_normalizer if has_free_bits else 0.0
+    coefficients = (of_error, 0.0) if tensors.weight_map is None else (of_weighed, of_error)
+    _image_gradients(plan, tensors, gradients, coefficients, factor, held=held)
     if gradients.kl is not None:
         of_kl = in_dtype(of_kl, gradients.kl.dtype)
         gradients.kl.copy_(of_kl) if isinstance(of_kl, Tensor) else gradients.kl.fill_(of_kl)
     if any(g is not None for g in gradients[4:8]):
         like = tensors.logvar if tensors.logvar is not None else tensors.mu
-        by_row = [_per_row(c, like) for c in (of_kl, of_free_bits)]
+        by_row = [per_row(c, like) for c in (of_kl, of_free_bits)]
         kl_gradients(tensors, gradients, by_row[0], by_row[1] if options.element_free_bits else None, options)
     return (*gradients[:_FIRST_SMALL], *small)
 
 
 def seen_numbers(plan: ElboPlan, saved: tuple[Any, ...], numbers: Sequence[Any]) -> Sequence[Any]:
-    """As the function of this name of the kernels."""
+    """See `fastvae_kernels.elbo`."""
     if plan.by_sample:
-        return [t.detach() if isinstance(t, Tensor) else t for t in saved[0].inputs[6:]]
+        numbers = saved[0].inputs[-len(ElboNumbers._fields) :]
+        return [t.detach() if isinstance(t, Tensor) else t for t in numbers]
     return (*saved, None)
 
 
@@ -206,7 +222,7 @@ def _image_gradients(
     plan: ElboPlan,
     tensors: ElboTensors,
     gradients: ElboTensors,
-    coefficient: Coefficient,
+    coefficients: tuple[Coefficient, Coefficient],
     factor: Coefficient,
     *,
     held: bool,
@@ -215,32 +231,34 @@ def _image_gradients(
     wanted = [g for g in gradients[:4] if g is not None]
     if not wanted:
         return
-    if held and (tensors.recon is None or _scales_exactly(wanted, factor)):
+    if held and (tensors.recon is None or scales_exactly(wanted, factor)):
         for gradient in wanted:
-            _rescale(gradient, factor)
+            rescale(gradient, factor)
     else:
-        write_gradients(_images(tensors, gradients), coefficient, plan.options.error)
+        write_gradients(_images(tensors, gradients), coefficients[0], plan.options.error, coefficients[1])
 
 
 def _error_factor(tensors: ElboTensors, options: ElboOptions, factor: Coefficient) -> Coefficient:
-    """What multiplies the error of each element: factor * weight / exp(log scale), a number or [B]."""
+    """What multiplies the error of each element: factor * weight * recon_weight / exp(log scale), a number or [B]."""
     if tensors.sample_log_scale is not None:
         log_scale = tensors.sample_log_scale.to(compute_dtype(tensors.recon, tensors.sample_log_scale))
         factor = torch.exp(-reference.soft_lower_bound(log_scale, options.softclip)) * factor
-    if tensors.weight is not None:
-        factor = tensors.weight.to(compute_dtype(tensors.recon, tensors.weight)) * factor
-    return _value(factor)
+    for weight in (tensors.weight, None if tensors.weight_map is not None else tensors.recon_weights):
+        if weight is not None:
+            factor = weight.to(compute_dtype(tensors.recon, weight)) * factor
+    return host_value(factor)
 
 
 def _images(tensors: ElboTensors, gradients: ElboTensors) -> Images:
     return Images(
         *(tensors.recon, tensors.target, tensors.log_scale, tensors.extra_map, tensors.mask),
         *(gradients.recon, gradients.target, gradients.log_scale, gradients.extra_map),
+        tensors.weight_map,
     )
 
 
 def _reduced(kl: Tensor, plan: ElboPlan) -> Coefficient:
-    return _scaled(kl if plan.options.per_sample else _value(kl.sum()), plan.options.kl_normalizer)
+    return scaled(kl if plan.options.per_sample else host_value(kl.sum()), plan.options.kl_normalizer)
 
 
 def _result(term: Coefficient, plan: ElboPlan) -> Tensor:
@@ -255,40 +273,3 @@ def _result(term: Coefficient, plan: ElboPlan) -> Tensor:
 def _number(weight: Coefficient) -> float:
     assert not isinstance(weight, Tensor)  # one pass is not right under a tensor
     return weight
-
-
-def _value(number: Coefficient) -> Coefficient:
-    """A float, where reading one waits for nothing: only a CPU tensor's value may steer the host."""
-    if isinstance(number, Tensor) and number.device.type == "cpu" and number.ndim == 0:
-        return number.item()
-    return number
-
-
-def _scaled(term: Coefficient, weight: Coefficient) -> Coefficient:
-    return term if isinstance(weight, float | int) and weight == 1 else term * weight
-
-
-def _combine(dloss: Tensor | None, weight: Coefficient, dterm: Tensor | None) -> Coefficient:
-    """d(outputs)/d(term) = weight * dloss + dterm."""
-    total: Coefficient = 0.0 if dterm is None else _value(dterm)
-    return total if dloss is None else _value(dloss) * _value(weight) + total
-
-
-def _per_row(coefficient: Coefficient, like: Tensor) -> Coefficient:
-    return rows(coefficient, like) if isinstance(coefficient, Tensor) and coefficient.ndim else coefficient
-
-
-def _scales_exactly(held: list[Tensor], factor: Coefficient) -> bool:
-    """Whether scaling the forward pass's gradients rounds no second time: a power of two moves the exponent alone."""
-    if all(t.element_size() > 2 for t in held):
-        return True
-    if isinstance(factor, Tensor):
-        return factor.device.type == "cpu" and bool((torch.frexp(factor)[0].abs_() == 0.5).all())
-    return math.frexp(factor)[0] in (0.0, 0.5, -0.5)
-
-
-def _rescale(drecon: Tensor, factor: Coefficient) -> None:
-    if isinstance(factor, Tensor) and factor.device.type == "cpu" and bool((factor == 1).all()):
-        return
-    if isinstance(factor, Tensor) or factor != 1:
-        drecon.mul_(_per_row(factor, drecon))

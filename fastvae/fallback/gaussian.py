@@ -100,7 +100,7 @@ def kl_gradients(
 
 
 def _relative(tensors: ElboTensors, options: ElboOptions, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
-    """((mu - mu_p) / sigma_p, logvar - logvar_p, 1 / sigma_p): the posterior as its prior sees it."""
+    """((mu - mu_p) / sigma_p, logvar - logvar_p, 1 / sigma_p): the posterior standardized by its prior."""
     assert tensors.mu is not None
     assert tensors.logvar is not None
     mu, logvar = tensors.mu.to(dtype), clamped(tensors.logvar.to(dtype), options.logvar_clamp)

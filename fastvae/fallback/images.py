@@ -1,7 +1,7 @@
 """Errors of images and their gradients, in passes over cache-sized pieces.
 
-On a CPU the cost of a loss is the memory it walks over, fresh pages above all. So the error is taken piece by piece,
-summed while it is in the cache, and its gradient written on the way.
+On a CPU memory traffic dominates the cost of a loss, page faults above all. So errors are computed piece by piece and
+summed while they are in the cache, and the gradient is written in the same pass.
 """
 
 from collections.abc import Iterator
@@ -13,26 +13,24 @@ from torch import Tensor
 from fastvae_kernels.types import ErrorOptions, compute_dtype
 
 from .._dtypes import in_dtype
+from .._elementwise import ERRORS
+from .._likelihood_base import Piece
 from .._strides import is_dense
-from .gaussian import rows, sum_by_sample
-from .likelihoods import PAIRS, Piece
-from .pages import advise_large_pages, scratch_like
+from .gaussian import rows
+from .hugepages import advise_huge_pages
+from .sums import ROW, UNSPLIT, norms, row_sums, sample_sums, sum_of_squares, total
 
-_PIECE = 1 << 18  # elements: a float32 piece and its squares fit the second-level cache, 1 us a call is noise beside it
+_PIECE = 1 << 18  # elements: a float32 piece and its squares fit the second-level cache
 
 _BUFFERED_PIECE = 1 << 17  # where several buffers of this size take part
 
-_MOST_THREADS = 16  # that get as much each: pieces are temporary memory, too
-
-_ROW = 256
-
-_UNSPLIT = 1 << 14  # elements that torch.sum adds up in one thread
+_MOST_THREADS = 16  # threads that enlarge a piece: pieces are temporary memory
 
 Coefficient = float | Tensor
 
 
 class Images(NamedTuple):
-    """Tensors of one shape: what is read, and buffers for what is asked for."""
+    """Tensors of one shape: inputs, and buffers for the gradients that are computed."""
 
     recon: Tensor
     target: Tensor
@@ -43,11 +41,13 @@ class Images(NamedTuple):
     dtarget: Tensor | None = None
     dlog_scale: Tensor | None = None
     dextra: Tensor | None = None
+    weight: Tensor | None = None  # of each element, of the gradients too
     coefficient: Tensor | None = None  # of the gradients, where each sample has its own
+    unweighed: Tensor | None = None  # added to the product of both
 
     @property
     def dtype(self) -> torch.dtype:
-        return compute_dtype(self.recon, self.target, self.log_scale, self.extra)
+        return compute_dtype(self.recon, self.target, self.log_scale, self.extra, self.weight)
 
 
 def sum_errors(images: Images, coefficient: Coefficient, options: ErrorOptions, *, per_sample: bool) -> Tensor:
@@ -55,15 +55,15 @@ def sum_errors(images: Images, coefficient: Coefficient, options: ErrorOptions, 
     dtype = images.dtype
     images, coefficient = _with_rows(images, coefficient)
     if images.drecon is not None and images.drecon.data_ptr() != images.recon.data_ptr():
-        advise_large_pages(images.drecon)
+        advise_huge_pages(images.drecon)
     if _is_plain(images, options):
         sums = _sum_squares(images, coefficient, options, per_sample=per_sample)
     else:
         filler = _Filler(images, coefficient, options)
-        add_up = _sample_sums if per_sample else _row_sums if images.recon.numel() > _UNSPLIT else torch.sum
+        add_up = sample_sums if per_sample else row_sums if images.recon.numel() > UNSPLIT else torch.sum
         sums = [add_up(filler.fill(piece)) for piece in _pieces(images, _BUFFERED_PIECE, per_sample=per_sample)]
         if sums and not per_sample:
-            return _total(sums)
+            return total(sums)
     if len(sums) == 1:
         return sums[0]
     if per_sample:
@@ -81,15 +81,14 @@ def _sum_squares(images: Images, coefficient: Coefficient, options: ErrorOptions
     buffers: list[Tensor] = []  # for the difference, unless the gradient's own memory serves, and for the target
     for piece in _pieces(images, _PIECE, per_sample=per_sample):
         if not buffers or buffers[0].shape != piece.recon.shape:
-            buffers = [] if in_place else [scratch_like(piece.recon, dtype, "recon")]
+            buffers = [] if in_place else [torch.empty_like(piece.recon, dtype=dtype)]
             if piece.target.dtype != dtype:
-                buffers.append(scratch_like(piece.recon, dtype, "target"))
+                buffers.append(torch.empty_like(piece.recon, dtype=dtype))
         difference = _subtract(piece, options, piece.drecon if in_place else buffers[0], buffers[-1:])
         if per_sample:
-            squares = torch.square(difference, out=scratch_like(difference, dtype, "errors"))
-            sums.append(_sample_sums(squares))
+            sums.append(sample_sums(torch.square(difference)))
         else:
-            sums.append(_norms(difference) if by_rows else _sum_of_squares(difference))
+            sums.append(norms(difference) if by_rows else sum_of_squares(difference))
         if piece.drecon is not None:
             difference.mul_(coefficient * 2) if piece.coefficient is None else difference.mul_(piece.coefficient).mul_(
                 2
@@ -99,24 +98,48 @@ def _sum_squares(images: Images, coefficient: Coefficient, options: ErrorOptions
     return [torch.cat(sums).square_().sum()] if by_rows else sums
 
 
-def write_gradients(images: Images, coefficient: Coefficient, options: ErrorOptions) -> None:
-    """Write the gradients that have a buffer, times `coefficient`: one number, or [B]."""
+def sum_weighed_errors(images: Images, coefficient: Coefficient, options: ErrorOptions) -> tuple[Tensor, Tensor]:
+    """[B], sums of the errors and of the errors times weights; gradients as in `sum_errors`."""
     images, coefficient = _with_rows(images, coefficient)
+    filler = _Filler(images, coefficient, options)
+    sums: list[Tensor] = []
+    weighed: list[Tensor] = []
+    for piece in _pieces(images, _BUFFERED_PIECE, per_sample=True):
+        errors = filler.fill(piece)
+        sums.append(sample_sums(errors))
+        weighed.append(sample_sums(filler.weigh(piece, errors)))
+    if not sums:
+        nothing = images.recon.new_zeros(images.recon.shape[0], dtype=images.dtype)
+        return nothing, nothing
+    return torch.cat(sums), torch.cat(weighed)
+
+
+def write_gradients(
+    images: Images, coefficient: Coefficient, options: ErrorOptions, unweighed: Coefficient = 0.0
+) -> None:
+    """Write the gradients that have a buffer, times `coefficient`: one number, or [B].
+
+    Where elements have weights the factor is weight * coefficient + unweighed.
+    """
+    images, coefficient = _with_rows(images, coefficient)
+    if images.weight is not None and isinstance(unweighed, Tensor):
+        images = images._replace(unweighed=rows(unweighed, images.recon).expand(images.recon.shape))
     filler = _Filler(images, coefficient, options)
     for piece in _pieces(images, _BUFFERED_PIECE, per_sample=False):
         filler.write_gradients(piece)
 
 
 def _with_rows(images: Images, coefficient: Coefficient) -> tuple[Images, Coefficient]:
-    """A coefficient of each sample walks along as one more tensor."""
+    """A coefficient per sample becomes one more tensor of the pieces."""
     if not isinstance(coefficient, Tensor) or coefficient.ndim == 0:
         return images, coefficient
     return images._replace(coefficient=rows(coefficient, images.recon).expand(images.recon.shape)), 1.0
 
 
 def _is_plain(images: Images, options: ErrorOptions) -> bool:
-    """The squared error alone, which has the shortest way."""
-    return options.name == "l2" and images.log_scale is None and images.extra is None and images.mask is None
+    """Whether the loss is the squared error alone, which takes fewer passes."""
+    plain = images.log_scale is None and images.extra is None and images.mask is None and images.weight is None
+    return plain and options.name == "l2"
 
 
 def _pieces(images: Images, size: int, *, per_sample: bool) -> Iterator[Images]:
@@ -131,7 +154,7 @@ def _pieces(images: Images, size: int, *, per_sample: bool) -> Iterator[Images]:
     given = [t for t in images if t is not None]
     if not per_sample and is_dense(recon) and all(t.stride() == recon.stride() for t in given):
         images = Images(*(None if t is None else t.as_strided((n,), (1,)) for t in images))  # type: ignore[arg-type]
-        step, stop = -(-n // (n_pieces * _ROW)) * _ROW, n
+        step, stop = -(-n // (n_pieces * ROW)) * ROW, n
     else:
         stop = recon.shape[0]
         step = -(-stop // n_pieces)
@@ -153,51 +176,11 @@ def _subtract(piece: Images, options: ErrorOptions, out: Tensor | None, spare: l
     return out.sub_(options.target_shift) if options.target_shift else out
 
 
-def _sum_of_squares(values: Tensor) -> Tensor:
-    """By the norms of short rows where there are whole ones: one pass and no squares to store.
-
-    A norm adds up in sequence; over 256 elements that costs 4e-7 at worst, over all of them 1e-3. The sum of the rows
-    is torch's cascaded one.
-    """
-    if values.is_contiguous() and values.numel() % _ROW == 0:
-        norms: Tensor = torch.linalg.vector_norm(values.view(-1, _ROW), dim=1)
-        return norms.square_().sum()
-    return values.square().sum()
-
-
-def _norms(values: Tensor) -> Tensor:
-    """Of short rows in storage order, and of the rest."""
-    flat = values.as_strided((values.numel(),), (1,)) if is_dense(values) else values.reshape(-1)
-    whole = flat.numel() - flat.numel() % _ROW
-    norms: Tensor = torch.linalg.vector_norm(flat[:whole].view(-1, _ROW), dim=1)
-    return norms if whole == flat.numel() else torch.cat([norms, torch.linalg.vector_norm(flat[whole:]).view(1)])
-
-
-def _sample_sums(buffer: Tensor) -> Tensor:
-    return buffer.clone() if buffer.ndim == 1 else sum_by_sample(buffer)
-
-
-def _row_sums(values: Tensor) -> Tensor:
-    """Of short rows in storage order, and of the rest: they do not depend on the number of threads."""
-    if values.numel() % _ROW == 0 and values.is_contiguous():
-        return values.view(-1, _ROW).sum(1)
-    flat = values.as_strided((values.numel(),), (1,)) if is_dense(values) else values.reshape(-1)
-    whole = flat.numel() - flat.numel() % _ROW
-    return torch.cat([flat[:whole].view(-1, _ROW).sum(1), flat[whole:].sum().view(1)])
-
-
-def _total(parts: list[Tensor]) -> Tensor:
-    values = parts[0] if len(parts) == 1 else torch.cat(parts)
-    while values.numel() > _UNSPLIT:
-        values = _row_sums(values)
-    return values.sum()
-
-
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
 class _Filler:
-    """Computes errors and gradients of one piece after another, in buffers that all of them share."""
+    """Computes errors and gradients piece by piece, in buffers that all pieces share."""
 
     def __init__(self, images: Images, coefficient: Coefficient, options: ErrorOptions) -> None:
         self.options = options
@@ -209,7 +192,7 @@ class _Filler:
         self._buffers: dict[str, Tensor] = {}
 
     def fill(self, piece: Images) -> Tensor:
-        """The errors, in a buffer; gradients are written on the way."""
+        """Return the errors, in a buffer that the next piece overwrites; write the gradients."""
         errors = self._buffer("errors", piece.recon)
         self._fill(piece, errors)
         return errors
@@ -219,8 +202,13 @@ class _Filler:
 
     def _fill(self, piece: Images, errors: Tensor | None) -> None:
         recon = piece.recon
-        pair = PAIRS[self.options.name]
+        likelihood = ERRORS[self.options.name]
         coefficient = self.coefficient if piece.coefficient is None else piece.coefficient.to(self.dtype)
+        if piece.weight is not None:
+            weights = self._converted("weights", piece.weight)
+            coefficient = torch.mul(weights, coefficient, out=self._buffer("weighed", recon))
+            if piece.unweighed is not None:
+                coefficient.add_(piece.unweighed)
         selected = None  # all bits set where the mask selects: to mask by them is fast, and gives 0 for NaN
         if piece.mask is not None:
             selected = self._buffer("selected", recon, _BITS[self.dtype]).copy_(piece.mask).neg_()
@@ -234,8 +222,8 @@ class _Filler:
         if piece.drecon is not None and piece.drecon.dtype == self.dtype:
             gradient = piece.drecon
         elif piece.drecon is not None and values is not recon and piece.dtarget is None:
-            gradient = values  # a copy that nobody reads afterwards
-        elif piece.drecon is not None or (piece.dtarget is not None and pair.target_gradient is None):
+            gradient = values  # a converted copy, which is not read again
+        elif piece.drecon is not None or (piece.dtarget is not None and likelihood.of_difference):
             gradient = self._buffer("gradient", recon)
         part = Piece(
             recon=values,
@@ -246,17 +234,17 @@ class _Filler:
             gradient=gradient,
             scratch=lambda name: self._buffer(name, recon),
         )
-        pair.fill(part)
+        likelihood.fill(part)
         _write(piece.drecon, gradient, selected)
         if piece.dtarget is not None:
-            by_target = pair.target_gradient(part).mul_(weight) if pair.target_gradient else gradient.neg()  # type: ignore[union-attr]
+            by_target = gradient.neg() if likelihood.of_difference else likelihood.target_gradient(part).mul_(weight)  # type: ignore[union-attr]
             _write(piece.dtarget, by_target, selected)
         if piece.dextra is not None:
-            _write(piece.dextra, part.scratch("a").copy_(weight), selected)
+            _write(piece.dextra, part.scratch("a").copy_(weight).mul_(self.options.extra_scale), selected)
         if errors is None:
             return
         if piece.extra is not None:
-            errors.add_(self._converted("extra", piece.extra))
+            errors.add_(self._converted("extra", piece.extra), alpha=self.options.extra_scale)
         if piece.log_scale is not None:
             errors.mul_(inverse_scale)
             if piece.dlog_scale is not None:
@@ -264,6 +252,14 @@ class _Filler:
             errors.add_(log_scale)
         if selected is not None:
             _select(errors, selected)
+
+    def weigh(self, piece: Images, errors: Tensor) -> Tensor:
+        """Errors times weights, in place."""
+        assert piece.weight is not None
+        errors.mul_(self._converted("weights", piece.weight))
+        if piece.mask is not None:  # weights outside may be NaN
+            _select(errors, self._buffer("selected", piece.recon, _BITS[self.dtype]))
+        return errors
 
     def _target(self, piece: Images) -> Tensor:
         target = self._converted("target", piece.target)
@@ -278,7 +274,7 @@ class _Filler:
     def _buffer(self, name: str, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         buffer = self._buffers.get(name)
         if buffer is None or buffer.shape != like.shape:
-            buffer = self._buffers[name] = scratch_like(like, dtype or self.dtype, name)
+            buffer = self._buffers[name] = torch.empty_like(like, dtype=dtype or self.dtype)
         return buffer
 
 

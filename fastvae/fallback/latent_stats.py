@@ -1,6 +1,4 @@
-"""Statistics of latents by dimension in passes over cache-sized pieces: what the kernel of this name does, for any
-device.
-"""
+"""Statistics of latents by dimension in passes over cache-sized pieces, on any device."""
 
 import math
 

@@ -1,7 +1,7 @@
 """Philox4x32-10 normals for any device: bit for bit the random words of the kernels, the normals within 1e-6.
 
-Written once for two libraries. NumPy takes a third of torch's time for a hundred small steps, so it makes the noise of
-CPUs; torch makes that of devices that must not wait for the host.
+Written once for two libraries. NumPy takes a third of torch's time for a hundred small steps, so it makes the noise on
+CPUs; torch makes it on devices that must not wait for the host.
 
 Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC11); Box & Muller (1958).
 """
@@ -20,8 +20,8 @@ _ROUND_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 _WORD = 0xFFFFFFFF
 _CHUNK = 1 << 13  # counters at a time: the dozen int64 temporaries stay in the second-level cache
-_AHEAD = 8 * _CHUNK  # normals that are made along with a small draw, of which the next ones are then read
-_STREAMS = 4  # that are read from at a time: of a training, its evaluation, ...
+_AHEAD = 8 * _CHUNK  # normals that are made at once for a small draw and those that follow it
+_STREAMS = 4  # that are continued at a time: of a training, its evaluation, ...
 _BY_NUMPY = ("cpu", "mps")  # the latter has no float64
 
 
@@ -38,7 +38,7 @@ def philox_normal(
     return (normals if isinstance(normals, Tensor) else torch.from_numpy(normals)).to(device, dtype)
 
 
-class _Held(NamedTuple):
+class _Cached(NamedTuple):
     """Normals of a stream, from number `first` on."""
 
     seed: int
@@ -46,29 +46,29 @@ class _Held(NamedTuple):
     normals: NDArray[np.float32]
 
 
-_held: tuple[_Held, ...] = ()  # of the last streams, the newest first; replaced as a whole, so threads need no lock
+_cache: tuple[_Cached, ...] = ()  # of the last streams, the newest first; replaced as a whole, so threads need no lock
 
 
 def _read(seed: int, offset: int, n: int) -> NDArray[np.float32]:
-    """Normals of the host. Who goes on where a draw ended, as a training does from step to step, gets those of the
-    next draws made along: in one large call a normal takes a third of its time in a small one.
+    """Normals on a CPU. A draw that continues a stream, as each step of a training does, also makes the normals of the
+    next draws: in one large call a normal takes a third of its time in a small one (docs/benchmarks.md).
     """
-    global _held
+    global _cache
     normals: NDArray[np.float32]
     if n > _AHEAD // 4:
         normals = _made(np, seed, offset, n, "cpu")
         return normals[:n]
     size = n
-    streams = _held
-    for held in streams:
-        place = offset - held.first
-        if seed == held.seed and 0 <= place <= len(held.normals):
-            if place + n <= len(held.normals):
-                return held.normals[place : place + n].copy()
-            size, streams = _AHEAD, tuple(other for other in streams if other is not held)
+    streams = _cache
+    for cached in streams:
+        place = offset - cached.first
+        if seed == cached.seed and 0 <= place <= len(cached.normals):
+            if place + n <= len(cached.normals):
+                return cached.normals[place : place + n].copy()
+            size, streams = _AHEAD, tuple(other for other in streams if other is not cached)
             break
     normals = _made(np, seed, offset, size, "cpu")
-    _held = (_Held(seed, offset, normals), *streams[: _STREAMS - 1])
+    _cache = (_Cached(seed, offset, normals), *streams[: _STREAMS - 1])
     return normals[:n].copy()
 
 

@@ -39,7 +39,7 @@ class Patch:
     before the first call of a compiled model, or call torch.compiler.reset().
 
     Args:
-        function: Who patches; of one function, one patch at a time.
+        function: The function that patches, which may have one patch at a time.
         replacements: What goes where.
         undoing: Called by `undo()` before anything is put back.
 
@@ -62,7 +62,7 @@ class Patch:
         """Put back what was there; nothing happens the second time.
 
         Raises:
-            RuntimeError: somebody else replaced the same functions since, and would lose that.
+            RuntimeError: the functions were replaced again since, and undoing would lose that.
         """
         for replacement, _ in self._former:
             if replacement.current() is not replacement.new:

@@ -25,8 +25,8 @@ Generators = torch.Generator | list[torch.Generator] | None
 Sample = tuple[Tensor, Tensor | None]  # z, and the KL if it was asked for
 
 
-class Measured(NamedTuple):
-    """The KL that a sample's pass measured, and of what."""
+class CachedKL(NamedTuple):
+    """The KL that `sample` computed, and of which moments."""
 
     kl: Tensor
     parameters: Tensor
@@ -35,7 +35,7 @@ class Measured(NamedTuple):
 
 # not in the posteriors themselves, which are copied and pickled; not in closures, which torch.compile looks into
 _made: WeakSet[Posterior] = WeakSet()
-_measured: WeakKeyDictionary[Posterior, Measured] = WeakKeyDictionary()
+_cached_kl: WeakKeyDictionary[Posterior, CachedKL] = WeakKeyDictionary()
 
 
 def patch_diffusers(
@@ -48,7 +48,7 @@ def patch_diffusers(
 
     - `sample` reads the packed moments where they are; where a gradient is wanted, the same pass measures the KL that
       `kl()` returns afterwards, and the backward pass writes one packed gradient for both. `mean`, `logvar`, `std` and
-      `var` are computed when somebody reads them.
+      `var` are computed when they are read.
     - Arithmetic is float32 for 16-bit moments. `kl` and `nll` are then float32: they neither overflow nor cancel.
     - `kl` and `nll` are in nats, on the moments' device. For a deterministic posterior they are zeros of the same
       shape, where diffusers' own are a one-element CPU tensor. `nll(sample, dims)` adds up `dims`, as there.
@@ -94,10 +94,10 @@ def _gaussian(posterior: Posterior) -> DiagonalGaussian:
 
 
 def _lazy_attributes(init: Callable[..., None]) -> tuple[dict[str, Any], Callable[[], None]]:
-    """Methods that put off `ATTRIBUTES` until they are read, and what reads them for good, before an undo."""
+    """Methods that compute `ATTRIBUTES` when they are read, and one that computes them all before an undo."""
 
     def __init__(self: Posterior, parameters: Tensor, deterministic: bool = False) -> None:
-        if torch.compiler.is_compiling():  # the compiler drops what nobody reads
+        if torch.compiler.is_compiling():  # the compiler drops what is not read
             return init(self, parameters, deterministic)
         self.parameters, self.deterministic = parameters, deterministic
         _made.add(self)
@@ -106,7 +106,7 @@ def _lazy_attributes(init: Callable[..., None]) -> tuple[dict[str, Any], Callabl
     def __getattr__(self: Posterior, name: str) -> Tensor:
         if name not in ATTRIBUTES:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        with torch.enable_grad():  # whoever reads it first, under no_grad perhaps, reads it for all
+        with torch.enable_grad():  # the first reader may be under no_grad, later ones not
             value: Tensor = getattr(_gaussian(self), name)
         setattr(self, name, value)
         return value
@@ -142,7 +142,7 @@ def _served(
         with_kl = wanted and summed(packed) is None
         z, kl = draw(self, generator, with_kl)
         if kl is not None:
-            _measured[self] = Measured(kl, packed, packed._version)
+            _cached_kl[self] = CachedKL(kl, packed, packed._version)
         return z
 
     def kl(self: Posterior, other: Posterior | None = None) -> Tensor:
@@ -151,7 +151,7 @@ def _served(
             return _over(dims, DiagonalGaussian.kl, gaussian, prior)
         if prior is not None:
             return gaussian.kl(prior)
-        known = None if torch.compiler.is_compiling() else _measured.get(self)
+        known = None if torch.compiler.is_compiling() else _cached_kl.get(self)
         if known and known.parameters is self.parameters and known.version == self.parameters._version:
             return known.kl if torch.is_grad_enabled() else known.kl.detach()
         return gaussian.kl()

@@ -23,6 +23,9 @@ class VAEConfig:
             Diffusion's, 84 million parameters.
         width: conv: channels after the first halving; they double with each further one, up to eight times `width`.
             autoencoder_kl: channels of the first stage.
+        residual: conv: residual blocks at every resolution, and convolutions with PixelShuffle in the decoder. False:
+            strided and transposed convolutions alone, as in the models of former versions; faster, but its images show
+            a checkerboard.
         hidden: mlp: units of the hidden layer.
         latent_channels: autoencoder_kl: channels of the latent map; 4 to 16 are usual.
         width_multipliers: autoencoder_kl: channels of each stage over `width`. Each stage but the first sees half the
@@ -44,6 +47,7 @@ class VAEConfig:
     latent_dim: int = 32
     backbone: Backbone = "conv"
     width: int = 32
+    residual: bool = True
     hidden: int = 400
     latent_channels: int = 4
     width_multipliers: tuple[int, ...] = (1, 2, 4, 4)
@@ -63,7 +67,7 @@ class VAEConfig:
             value = getattr(self, name)
             if not _positive(value):
                 raise ValueError(f"{name} must be a whole number from 1; got {value!r}. Pass {_DEFAULTS[name]}, say.")
-        for name in ("mid_attention", "quant_convs", "checkpointing"):
+        for name in ("residual", "mid_attention", "quant_convs", "checkpointing"):
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise ValueError(f"{name} must be True or False; got {value!r}.")
@@ -115,7 +119,8 @@ class VAEConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Inverse of `to_dict`; a field that `values` lacks has its default.
+        """Inverse of `to_dict`. A field that `values` lacks has its default, but `residual` is False: former versions,
+        which did not write it, had no residual blocks.
 
         Raises:
             ValueError: a key that is not a field, or a value that is not allowed.
@@ -127,7 +132,7 @@ class VAEConfig:
                 f"{', '.join(_DEFAULTS)}. Was it written by a newer version of fastvae?"
             )
         tuples = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-        return cls(**(values | tuples))
+        return cls(**({"residual": False} | values | tuples))
 
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(VAEConfig)}

@@ -2,6 +2,8 @@
 
 import math
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import autoencoder_kl
@@ -42,10 +44,11 @@ def _encoder_layers(config: VAEConfig) -> list[nn.Module]:
         hidden = nn.Linear(math.prod(config.image_shape), config.hidden)
         return [nn.Flatten(), hidden, nn.ReLU(), nn.Linear(config.hidden, 2 * config.latent_dim)]
     sizes, widths = stages(config)
-    layers: list[nn.Module] = [_patches(config.channels, widths[0], sizes[0]), nn.SiLU()]
+    layers: list[nn.Module] = [_patches(config.channels, widths[0], sizes[0]), *_stage(config, widths, 0)]
     for i in range(1, len(widths)):
-        halve = nn.Conv2d(widths[i - 1], widths[i], kernel_size=3, stride=2, padding=1)
-        layers += [halve, *_normalized_silu(widths[i], i)]
+        layers += [nn.Conv2d(widths[i - 1], widths[i], kernel_size=3, stride=2, padding=1), *_stage(config, widths, i)]
+    if config.residual:
+        layers += _normalized_silu(widths, len(widths) - 1)
     n_features = widths[-1] * math.prod(sizes[-1])
     return [*layers, nn.Flatten(), nn.Linear(n_features, 2 * config.latent_dim)]
 
@@ -59,10 +62,12 @@ def _decoder_layers(config: VAEConfig) -> list[nn.Module]:
     n_features = widths[-1] * math.prod(sizes[-1])
     top = len(widths) - 1
     layers: list[nn.Module] = [nn.Linear(config.latent_dim, n_features), nn.Unflatten(1, (widths[-1], *sizes[-1]))]
-    layers += _normalized_silu(widths[-1], top)
+    layers += _stage(config, widths, top)
     for i in range(top, 0, -1):
-        layers += [_double(widths[i], widths[i - 1], sizes[i]), *_normalized_silu(widths[i - 1], i - 1)]
-    return [*layers, _unpatches(widths[0], config.channels, sizes[0])]
+        layers += [_double(config, widths[i], widths[i - 1], sizes[i], kernel=4), *_stage(config, widths, i - 1)]
+    if config.residual:
+        layers += _normalized_silu(widths, 0)
+    return [*layers, _double(config, widths[0], config.channels, sizes[0], kernel=2)]
 
 
 def stages(config: VAEConfig) -> tuple[list[tuple[int, int]], list[int]]:
@@ -75,12 +80,52 @@ def stages(config: VAEConfig) -> tuple[list[tuple[int, int]], list[int]]:
     return sizes, widths
 
 
-def _normalized_silu(channels: int, stage: int) -> list[nn.Module]:
-    # none next to the pixels: with one stage it could see a single value, and normalising that erases it
-    return [nn.GroupNorm(1, channels), nn.SiLU()] if stage > 0 else [nn.SiLU()]
+class Residual(nn.Sequential):
+    """x + f(x), where f is a 3 x 3 and a 1 x 1 convolution."""
+
+    def __init__(self, width: int) -> None:
+        norm = nn.GroupNorm(1, width)
+        super().__init__(norm, nn.SiLU(), nn.Conv2d(width, width, 3, padding=1), nn.SiLU(), nn.Conv2d(width, width, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        change: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
+        return x + change
 
 
-# an odd side is padded by one pixel in front, so that both ways agree on ceil(size / 2) without a crop or a copy
+class Double(nn.Conv2d):
+    """A 3 x 3 convolution whose output channels become 2 x 2 pixels; cropped to exactly `size`.
+
+    The four pixels start with the same weights, so that training starts without a checkerboard.
+
+    Source: Aitken et al., Checkerboard artifact free sub-pixel convolution, arXiv:1707.02937, section 4.
+    """
+
+    def __init__(self, width_in: int, width_out: int, size: tuple[int, int]) -> None:
+        super().__init__(width_in, 4 * width_out, kernel_size=3, padding=1)
+        self.size = size
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        for parameter in self.parameters():
+            parameter.copy_(parameter[::4].repeat_interleave(4, dim=0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = self.size
+        return F.pixel_shuffle(super().forward(x), 2)[:, :, height % 2 :, width % 2 :]
+
+
+def _stage(config: VAEConfig, widths: list[int], stage: int) -> list[nn.Module]:
+    """Layers between two changes of the resolution."""
+    return [Residual(widths[stage])] if config.residual else _normalized_silu(widths, stage)
+
+
+def _normalized_silu(widths: list[int], stage: int) -> list[nn.Module]:
+    # no normalisation next to the pixels: with one stage it could see a single value, which it would set to 0
+    return [nn.GroupNorm(1, widths[stage]), nn.SiLU()] if stage > 0 else [nn.SiLU()]
+
+
+# an odd side is padded by one pixel in front, and cut there on the way back, so that both ways agree on ceil(size / 2)
 
 
 def _patches(channels: int, width: int, size: tuple[int, int]) -> nn.Conv2d:
@@ -89,14 +134,10 @@ def _patches(channels: int, width: int, size: tuple[int, int]) -> nn.Conv2d:
     return nn.Conv2d(channels, width, kernel_size=2, stride=2, padding=odd)
 
 
-def _unpatches(width: int, channels: int, size: tuple[int, int]) -> nn.ConvTranspose2d:
-    """Inverse shape of `_patches`."""
+def _double(config: VAEConfig, width_in: int, width_out: int, size: tuple[int, int], *, kernel: int) -> nn.Module:
+    """Twice the resolution, to exactly `size`; `kernel` is that of a model without residual blocks."""
+    if config.residual:
+        return Double(width_in, width_out, size)
     odd = (size[0] % 2, size[1] % 2)
-    return nn.ConvTranspose2d(width, channels, kernel_size=2, stride=2, padding=odd, output_padding=odd)
-
-
-def _double(width_in: int, width_out: int, size: tuple[int, int]) -> nn.ConvTranspose2d:
-    """Overlapping 4 x 4 patches: evenly, so no checkerboard; to exactly `size`."""
-    odd = (size[0] % 2, size[1] % 2)
-    padding = (1 + odd[0], 1 + odd[1])
-    return nn.ConvTranspose2d(width_in, width_out, kernel_size=4, stride=2, padding=padding, output_padding=odd)
+    padding = (kernel // 2 - 1 + odd[0], kernel // 2 - 1 + odd[1])
+    return nn.ConvTranspose2d(width_in, width_out, kernel, stride=2, padding=padding, output_padding=odd)

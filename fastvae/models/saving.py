@@ -14,11 +14,16 @@ WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 
 
-def save(directory: Path, config: VAEConfig, state: dict[str, Tensor]) -> None:
-    """Write both files, each replaced as a whole; beside the weights stand the config, which shows a wrong pair, and a
-    checksum."""
+def save(directory: Path, config: VAEConfig, state: dict[str, Tensor], training: dict[str, Any] | None = None) -> None:
+    """Write both files, each replaced as a whole.
+
+    The file of weights also holds the config, to detect a wrong pair, a checksum, and `training`: JSON values that a
+    training run keeps with these weights (see `read_training`).
+    """
     values = config.to_dict()
-    write_files(directory, WEIGHTS, state, values, {"config": dump_json(values), "sha256": checksum(state)})
+    metadata = {"config": dump_json(values), "training": dump_json(training or {})}
+    metadata["sha256"] = checksum(state, metadata["training"])
+    write_files(directory, WEIGHTS, state, values, metadata)
 
 
 def load(directory: Path, device: torch.device | str) -> tuple[VAEConfig, dict[str, Tensor]]:
@@ -29,7 +34,7 @@ def load(directory: Path, device: torch.device | str) -> tuple[VAEConfig, dict[s
         ValueError: a damaged file, an unknown config key, or config and weights of different models.
     """
     values, state, metadata = read_files(directory, WEIGHTS, "cpu", writer="save_pretrained")
-    if "sha256" in metadata and metadata["sha256"] != checksum(state):
+    if "sha256" in metadata and metadata["sha256"] != checksum(state, metadata.get("training", "")):
         raise ValueError(
             f"{directory / WEIGHTS} is damaged: its weights are not those that were saved. Copy or save it again."
         )
@@ -51,9 +56,19 @@ def load(directory: Path, device: torch.device | str) -> tuple[VAEConfig, dict[s
     return config, state
 
 
-def checksum(state: dict[str, Tensor]) -> str:
-    """SHA-256 of the names, dtypes, shapes and bytes of tensors."""
-    digest = hashlib.sha256()
+def read_training(directory: Path) -> dict[str, Any]:
+    """What a training run keeps with the weights; empty for weights that were saved otherwise.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load`.
+    """
+    text = read_files(directory, WEIGHTS, "cpu", writer="save_pretrained")[2].get("training", "{}")
+    return require_object(parse_json(text, str(directory / WEIGHTS)), str(directory / WEIGHTS))
+
+
+def checksum(state: dict[str, Tensor], text: str) -> str:
+    """SHA-256 of `text` and the names, dtypes, shapes and bytes of tensors."""
+    digest = hashlib.sha256(text.encode())
     for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -63,12 +78,12 @@ def checksum(state: dict[str, Tensor]) -> str:
 def write_files(
     directory: Path, weights: str, state: dict[str, Tensor], config: dict[str, Any], metadata: dict[str, str]
 ) -> None:
-    """Write the file of weights and config.json, each replaced as a whole."""
+    """Write config.json, then the file of weights, each replaced as a whole."""
     tensors = {name: tensor.contiguous() for name, tensor in state.items()}
     content = _safetensors().torch.save(tensors, {"format": "pt"} | metadata)
     directory.mkdir(parents=True, exist_ok=True)
-    write_bytes(directory / weights, content)
     write_json(directory / CONFIG, config)
+    write_bytes(directory / weights, content)
 
 
 def read_files(

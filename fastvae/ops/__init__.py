@@ -1,1 +1,1 @@
-"""Autograd functions, one file per op: what is saved, which gradient is asked for, who computes."""
+"""Plans and autograd functions, one file per op."""

@@ -53,8 +53,12 @@ class Reach(IntEnum):
 
 
 _OF_RECON = ("recon", "target", "log_scale", "extra_map", "extra", "sample_log_scale")
+_OF_LOSS = ("betas", "recon_weights")
 _REACH = [
-    *(Reach.RECON if f in _OF_RECON else Reach.BOTH if f == "weight" else Reach.KL for f in ElboTensors._fields),
+    *(
+        Reach.RECON if f in _OF_RECON else Reach.BOTH if f == "weight" else Reach.LOSS if f in _OF_LOSS else Reach.KL
+        for f in ElboTensors._fields
+    ),
     *(Reach.LOSS for _ in ElboNumbers._fields),
 ]
 
@@ -174,6 +178,8 @@ def plan(
         and _checks.one_pass_is_right(tensors, numbers, options)
     )
     plain = all(meta.kind is Tensor or meta.kind is torch.nn.Parameter for meta in given)
+    # no kernel computes the gradient of a map of weights
+    plain = plain and not (tensors.weight_map is not None and tensors.weight_map.requires_grad)
     backend = _backend.load_backend(_backend.backend_of(like), "elbo") if plain else None
     everything = (*tensors, *numbers)
     places = tuple(place for place, meta in enumerate(everything) if meta is not None)

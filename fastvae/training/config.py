@@ -6,30 +6,20 @@ from typing import Any, Literal, Self
 
 from .._files import CONFIG_FILE as CONFIG_FILE
 from .._files import read_json_object
-from .objective_options import (
-    CapacityMode,
-    FreeBitsMode,
-    LikelihoodName,
-    RampShape,
-    Reduction,
-    ScheduleName,
-    check_objective,
-)
+from .loss_config import LossConfig, check_loss, require
 from .option_types import convert_options, option_types
 
-# what a resumed run may change without changing what it learns; `out` and `resume` only say where the run folder is,
-# and `data` where its images are: their content is compared
-FREE_ON_RESUME = frozenset(
-    {"data", "out", "resume", "device", "workers", "cache", "log_every", "checkpoint_every", "log", "shard", "strict"}
-)
-
+# what a resumed run may change: its length, and what does not change what it learns; `out` and `resume` only say where
+# the run folder is, and `data` where its images are, whose content is compared
+FREE_ON_RESUME = {"data", "out", "resume", "epochs", "device", "workers", "cache", "log", "shard", "strict"}
+FREE_ON_RESUME |= {"log_every", "checkpoint_every"}
 FROM_ZERO = frozenset({"warmup_steps", "workers", "beta_delay", "capacity_steps"})
 MOST = 2**31 - 1  # sizes and numbers of steps, so that no product of two of them overflows int64
 SEEDS = 2**64
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(LossConfig):
     """Everything that decides a training run; the same config gives the same weights, bit for bit, on one CPU.
 
     Raises:
@@ -43,9 +33,14 @@ class TrainConfig:
     out: Path | None = None
     """Run folder to create; runs/DATA-TIMESTAMP if not given. Nothing is ever overwritten in it."""
     resume: Path | None = None
-    """Run folder to continue from its last checkpoint; the other options are taken from it."""
+    """Run folder to continue from its last checkpoint; the other options are taken from it. More --epochs extend it."""
+    init_from: Path | None = None
+    """Run folder (or its folder best, or one of save_pretrained) whose weights a new run starts from."""
     image_size: tuple[int, int] | None = None
-    """Height and width to resize every image to; the images' own size if not given."""
+    """Height and width to resize every image to, cropped at the centre where its aspect ratio differs; the images' own
+    size if not given."""
+    flip: bool = False
+    """Mirror half of the training images left to right, drawn anew in each epoch."""
     strict: bool = False
     """Stop at a damaged image, or at a folder that cannot be listed, instead of leaving it out and listing it in
     skipped.json."""
@@ -53,11 +48,11 @@ class TrainConfig:
     """Share of the images held out for validation; which images does not depend on the seed."""
     epochs: int = 20
     """Passes over the training images."""
-    batch_size: int = 128
+    batch_size: int = 64
     """Images in a training step, of all processes together; those that fill no last batch wait for another epoch."""
     accumulate: int = 1
     """Parts that each process computes its share of a batch in, one after the other, to need less memory."""
-    learning_rate: float = 2e-3
+    learning_rate: float = 4e-3
     """Peak learning rate of AdamW."""
     warmup_steps: int = 100
     """Steps of linear warm-up before the cosine decay, at most a tenth of the run."""
@@ -65,8 +60,9 @@ class TrainConfig:
     """Decoupled weight decay of AdamW."""
     clip_norm: float = 100.0
     """Largest norm of the gradient; a larger one is scaled down to it."""
-    ema: float | None = None
-    """Decay, such as 0.999, of an average of the weights over the steps, to evaluate, draw and export."""
+    ema: float = 0.995
+    """Decay of an average of the weights over the steps, to evaluate, draw and export; smaller in the first steps. 0
+    averages nothing."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the model: fp32, or autocast to bf16 or fp16 (fp16 with loss scaling)."""
     seed: int = 0
@@ -82,14 +78,16 @@ class TrainConfig:
     """Steps between two lines of training metrics."""
     checkpoint_every: int = 200
     """Steps between two checkpoints; the last step is always saved."""
-    log: Literal["tensorboard"] | None = None
-    """Write the figures of metrics.jsonl for TensorBoard too, under the same names."""
+    log: Literal["tensorboard", "csv"] | None = None
+    """Write the figures of metrics.jsonl for other programs too: "tensorboard" with pictures and options, or "csv"."""
     backbone: Literal["conv", "mlp", "autoencoder_kl"] = "conv"
     """Encoder and decoder: convolutional, fully connected, or the residual autoencoder of latent diffusion."""
     latent_dim: int = 32
     """Dimensions of the latent space."""
     width: int = 32
     """Channels of the first convolutional stage (conv)."""
+    residual: bool = True
+    """Residual blocks, and no checkerboard in the images; without them a step is faster (conv)."""
     hidden: int = 400
     """Units of the hidden layers (mlp)."""
     latent_channels: int = 4
@@ -104,57 +102,6 @@ class TrainConfig:
     """Let torch.compile generate code for the model and its loss."""
     checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them."""
-    preset: str | None = None
-    """Loss of another project, such as pythae or ldm; options below that are given replace its own."""
-    likelihood: LikelihoodName | None = None
-    """Error of a reconstruction; l2 unless the preset has another."""
-    likelihood_parameter: float | None = None
-    """delta, beta or alpha (1); log variance or log scale, where a learned one begins (0)."""
-    likelihood_full: bool = False
-    """Count the constant log(2 pi) / 2 of each element too (gaussian...)."""
-    likelihood_softclip: float | None = None
-    """Soft lower bound of log sigma (gaussian...)."""
-    perceptual: float | None = None
-    """Weight of a perceptual distance, LPIPS, that is added to the error of each element while training, as latent
-    diffusion does with 1; needs the package lpips. The figures of validation are without it."""
-    recon_weight: float | None = None
-    """Weight of the reconstruction term in the loss; 1 unless the preset has another."""
-    reduction: Reduction | None = None
-    """Of both terms in the loss, not in what is logged; batchmean unless the preset has another."""
-    recon_reduction: Reduction | None = None
-    """Reduction of the reconstruction term alone."""
-    kl_reduction: Reduction | None = None
-    """Reduction of the KL term alone."""
-    beta: float | None = None
-    """Weight of the KL term in the loss, or what its schedule ends at; 1 unless the preset has another."""
-    beta_schedule: ScheduleName = "constant"
-    """Way of beta from beta_start to beta."""
-    beta_start: float = 0.0
-    """Beta at the first step of a schedule."""
-    beta_steps: int | None = None
-    """Steps of the schedule; half the run if not given, all of it for cyclical."""
-    beta_delay: int = 0
-    """Steps at beta_start before the schedule begins."""
-    beta_cycles: int = 4
-    """Ramps, one after the other (cyclical)."""
-    beta_ratio: float = 0.5
-    """Share of a cycle that its ramp takes (cyclical)."""
-    beta_zero_ratio: float = 0.0
-    """Share of a cycle at beta_start before its ramp (cyclical)."""
-    beta_shape: RampShape = "linear"
-    """Shape of the ramps (cyclical)."""
-    free_bits: float | None = None
-    """Nats of KL that cost nothing."""
-    free_bits_mode: FreeBitsMode = "dim"
-    """Whose: of each latent dimension, of its mean over the batch, by leaving out what costs less, of an image."""
-    capacity: float | None = None
-    """Nats at which beta holds the KL: |KL - capacity| takes the KL's place in the loss."""
-    capacity_mode: CapacityMode = "sample"
-    """Of each image, or of the mean over the batch."""
-    capacity_steps: int = 0
-    """Steps in which the capacity grows from 0; 0 has it there at once."""
-    logvar_clamp: tuple[float, float] | None = None
-    """Bounds of the posterior's log variance."""
 
     def __post_init__(self) -> None:
         convert_options(self)
@@ -162,20 +109,20 @@ class TrainConfig:
             value = getattr(self, name)
             if option.kind is int and option.length is None and value is not None and name != "seed":
                 least = 0 if name in FROM_ZERO else 1
-                _require(value >= least, self, name, f"at least {least}")
-                _require(value <= MOST, self, name, f"at most {MOST}")
-        _require(0 <= self.seed < SEEDS, self, "seed", "at least 0 and below 2**64")
+                require(value >= least, self, name, f"at least {least}")
+                require(value <= MOST, self, name, f"at most {MOST}")
+        require(0 <= self.seed < SEEDS, self, "seed", "at least 0 and below 2**64")
         for name in ("learning_rate", "clip_norm"):
-            _require(getattr(self, name) > 0, self, name, "a positive finite number")
-        _require(self.weight_decay >= 0, self, "weight_decay", "a finite number, at least 0")
-        _require(self.ema is None or 0 < self.ema < 1, self, "ema", "between 0 and 1, both excluded")
-        _require(0 < self.validation < 1, self, "validation", "between 0 and 1, both excluded")
+            require(getattr(self, name) > 0, self, name, "a positive finite number")
+        require(self.weight_decay >= 0, self, "weight_decay", "a finite number, at least 0")
+        require(0 <= self.ema < 1, self, "ema", "at least 0 and below 1")
+        require(0 < self.validation < 1, self, "validation", "between 0 and 1, both excluded")
         size = self.image_size
-        _require(size is None or min(size) >= 1, self, "image_size", "two sizes of at least 1")
-        _require(size is None or max(size) <= MOST, self, "image_size", f"two sizes of at most {MOST}")
+        require(size is None or min(size) >= 1, self, "image_size", "two sizes of at least 1")
+        require(size is None or max(size) <= MOST, self, "image_size", f"two sizes of at most {MOST}")
         unscaled = not (self.shard and self.precision == "fp16")
-        _require(unscaled, self, "precision", "fp32 or bf16 with shard, where the losses have no common scale")
-        check_objective(self)
+        require(unscaled, self, "precision", "fp32 or bf16 with shard, where the losses have no common scale")
+        check_loss(self)
 
     def to_json(self) -> dict[str, Any]:
         """The options as plain JSON values; what `from_json` reads."""
@@ -183,7 +130,7 @@ class TrainConfig:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
-        """The config that `to_json` wrote.
+        """The config that `to_json` wrote, in this version or a former one, whose defaults were others.
 
         Raises:
             ValueError: a name is no option of this version, or its value is not allowed.
@@ -194,6 +141,9 @@ class TrainConfig:
                 f"a run's config has options that this version of fastvae does not know: {', '.join(unknown)}. "
                 "Use the version that wrote it."
             )
+        if "residual" not in values:
+            former = {"residual": False, "ema": 0.0} | ({"likelihood": "l2"} if values.get("preset") is None else {})
+            values = values | {name: value for name, value in former.items() if values.get(name) is None}
         return cls(**values)
 
     @classmethod
@@ -240,8 +190,3 @@ def read_run_config(run: Path) -> dict[str, Any]:
             f"{run} is not a run folder: it has no {CONFIG_FILE}. Pass a folder that training made."
         )
     return read_json_object(path)
-
-
-def _require(holds: bool, config: TrainConfig, name: str, allowed: str) -> None:
-    if not holds:
-        raise ValueError(f"{name} must be {allowed}; got {getattr(config, name)!r}.")

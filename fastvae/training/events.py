@@ -1,10 +1,10 @@
-"""What a training run reports while it goes on; `train` itself prints nothing."""
+"""What a training run reports; `train` itself prints nothing."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .evaluation import Evaluation
+from fastvae.evaluation.elbo import Evaluation
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,17 @@ class Started:
     """Validation nats per image of the latent-free baseline."""
     skipped: dict[str, str] = field(default_factory=dict)
     """Why each damaged or unsupported file or folder was left out, as in skipped.json of the run folder."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """The options, as in config.json of the run folder."""
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """A training step was issued; a GPU may still be computing it."""
+
+    step: int
+    images: int
+    """Images of one step, of all processes together."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +41,15 @@ class Logged:
     """A line went into metrics.jsonl."""
 
     record: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A picture of the progress was written."""
+
+    step: int
+    name: str
+    path: Path
 
 
 @dataclass(frozen=True)
@@ -49,4 +69,4 @@ class Finished:
     pictures: list[Path]
 
 
-Event = Started | Logged | Saved | Finished
+Event = Started | Stepped | Logged | Drawn | Saved | Finished

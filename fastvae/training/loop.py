@@ -1,6 +1,5 @@
-"""The training loop, top to bottom."""
+"""The training loop."""
 
-import copy
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -11,32 +10,33 @@ from signal import Signals
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from fastvae import data
-from fastvae.models import VAE
+from fastvae.data.batches import batches_of, epoch_order, load_batches, resident_images, spread_images
+from fastvae.evaluation.density import Density
+from fastvae.evaluation.elbo import Evaluation, Scores, baseline_nats, evaluate, evaluation_mode
+from fastvae.evaluation.objective import decode_to_images
+from fastvae.models import saving
 
+from .._distributed import World, own_device, world_of
 from .._files import write_json
-from .batches import batches_of, epoch_order, load_batches, resident_images, stack_images
-from .checkpoint import CHECKPOINT_FILE, load_checkpoint, restore, save_checkpoint
+from .checkpoint import BEST, CHECKPOINT_FILE, LAST, load_checkpoint, save_checkpoint
 from .config import CONFIG_FILE, TrainConfig
-from .distributed import World, own_device, resumed_after_restart, world_of
-from .evaluation import Evaluation, baseline_nats, evaluate, evaluation_mode
-from .events import Event, Finished, Saved, Started
-from .heap import keep_freed_memory
+from .events import Drawn, Event, Finished, Saved, Started, Stepped
 from .interruption import TrainingInterrupted, deferred_signals
-from .metrics import FiniteWatch, RunningMean
-from .objective import Objective, decode_to_images
+from .loggers import notifier
+from .metrics import FiniteWatch
 from .recorder import Recorder
-from .run_folder import locked_run_folder, naming_the_run
-from .schedule import learning_rate
-from .setup import averaged_over_steps, make_optimizer, model_config, require_memory, resolve_device
-from .split import split_of_run
-from .step import accumulated, clip_gradients, shared_batch_size
+from .run_folder import locked_run_folder, resumed_after_restart, wrap_io_errors
+from .setup import resolve_device
+from .split import Split, split_of_run
+from .state import TrainState
+from .step import shared_batch_size
 
-# devices where reading a value waits for nothing; on others the loss is checked when it is read anyway
-CHECKED_EACH_STEP = frozenset({"cpu"})
+CHECKED_EACH_STEP = frozenset({"cpu"})  # devices where reading a value waits for nothing
+SCALE_IMAGES = 512  # training images whose error a learned scale starts at
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,13 @@ def train(
 ) -> TrainResult:
     """Train a VAE, and leave weights, metrics, checkpoint and pictures in a run folder.
 
-    On a CPU the weights follow from the config bit for bit, however often the run was stopped and resumed, and glibc's
-    malloc keeps from then on what the process frees. torch's default random generators are reseeded. SIGINT, SIGTERM
-    and SIGHUP, unless it is ignored as under nohup, are acted on between two steps while training.
+    On a CPU the weights follow from the config bit for bit, however often the run was stopped and resumed. torch's
+    default random generators are reseeded. SIGINT, SIGTERM and SIGHUP, unless it is ignored as under nohup, are acted
+    on between two steps while training.
 
     Under torchrun, or in a process group that exists, all processes train as one: each takes its share of every batch,
     with the noise that a single process would draw there, so their number changes results by rounding alone. The first
-    one writes the files. Processes that torchrun starts anew go on from the last checkpoint in `config.out`.
+    one writes the files. Processes that torchrun restarts continue from the last checkpoint in `config.out`.
 
     Args:
         config: Options of the run.
@@ -84,185 +84,192 @@ def train(
         NonFiniteLossError: the loss or its gradient was not finite; the last good checkpoint is kept.
         TrainingInterrupted: a signal came; the run is saved and can be resumed.
     """
-    # here: matplotlib is slow to load, and missing it should show before the training, not after
-    from . import pictures, report
+    from fastvae.evaluation import report  # noqa: F401, slow to load; what it lacks should show before the training
 
     config = resumed_after_restart(config)
-    if dataset is None:  # the same files from whatever folder the run is used
+    source = ""
+    if dataset is None:  # the run finds the same files from whatever folder it is used
         config = replace(config, data=data.absolute_source(config.data))
+        source = config.data
+    if config.init_from is not None:
+        config = replace(config, init_from=config.init_from.resolve())
     device = own_device(resolve_device(config.device))
-    if device.type == "cpu":
-        keep_freed_memory()
     with world_of(device) as world, ExitStack() as stack:
-        first = stack.enter_context(locked_run_folder(config)) if world.is_first else None
-        return _train(config, world.from_first(first), dataset, device, world, on_event, pictures, report)
+        run = world.broadcast(stack.enter_context(locked_run_folder(config)) if world.is_first else None)
+        if dataset is None:
+            dataset = data.load(config.data, image_size=config.image_size, strict=config.strict)
+        split = world.broadcast(split_of_run(run, config, dataset, source) if world.is_first else None)
+        notify: Callable[[Event], None] = lambda event: None  # noqa: E731
+        if world.is_first:
+            notify = stack.enter_context(notifier(config, run, on_event))
+        trainer = Trainer(config, run, dataset, split, device, world, notify)
+        trainer.resume()
+        trainer.start()
+        trainer.fit()
+        return trainer.finish()
 
 
-def _train(
-    config: TrainConfig,
-    run: Path,
-    dataset: Dataset[Any] | None,
-    device: torch.device,
-    world: World,
-    on_event: Callable[[Event], None] | None,
-    draw: Any,
-    report: Any,
-) -> TrainResult:
-    notify = on_event if on_event is not None and world.is_first else lambda event: None
-    source = config.data if dataset is None else ""
-    if dataset is None:
-        dataset = data.load(config.data, image_size=config.image_size, strict=config.strict)
-    skipped: dict[str, str] = getattr(dataset, "skipped", {})
-    split = world.from_first(split_of_run(run, config, dataset, source) if world.is_first else None)
-    train_set, validation_set = split.subsets(dataset)
-    shape = tuple(stack_images([train_set[0]]).shape[1:])
-    batch_size = shared_batch_size(config, len(train_set), world.size)
-    steps_per_epoch = len(train_set) // batch_size
-    total_steps = config.epochs * steps_per_epoch
+class Trainer:
+    """A training run, step by step.
 
-    sharded = config.shard and world.size > 1
-    if not sharded:
-        require_memory(model_config(config, shape), device)
-    torch.manual_seed(config.seed)
-    model = VAE(model_config(config, shape)).to(device)
-    if config.channels_last and not sharded:  # FSDP2 takes contiguous weights only
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    objective = Objective.of(config, model, batch_size=batch_size, total_steps=total_steps).to(device)
-    baseline = baseline_nats(train_set, validation_set, objective.likelihood, workers=config.workers)
-    averaged = averaged_over_steps(objective, config.ema, sharded=sharded) if config.ema else None
-    result = best = cast(Objective, averaged.module) if averaged else objective  # best: to evaluate, draw and export
-    module: nn.Module = objective
-    clip = clip_gradients
-    if sharded:
-        from . import sharding  # and with it much of torch.distributed
+    Args:
+        config: Options.
+        run: Folder of the run.
+        dataset: All its images.
+        split: Which of them are held out.
+        device: Of this process.
+        world: All processes of the run; each has a Trainer, and calls the same methods in the same order.
+        notify: Called with each event.
+    """
 
-        clip = sharding.clip_gradients
-        best = copy.deepcopy(objective)
-        for each in dict.fromkeys((objective, result)):
-            sharding.shard(each, device, world)
-        if config.compile:
-            for part in (objective.model.encoder, objective.model.decoder):
-                part.compile()
-    else:
-        module = cast(nn.Module, torch.compile(objective)) if config.compile else objective
-        module = world.wrap(module, device)
-    parameters = list(objective.parameters())
-    optimizer = make_optimizer(config, objective)
-    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
-    running = RunningMean(device)
-    watch = FiniteWatch(device)
-    stateful: dict[str, Any] = {"model": model, "optimizer": optimizer, "scaler": scaler, "running": running}
-    stateful |= {"criterion": objective.criterion} | ({"ema": averaged} if averaged else {})
-    images_id = {"train": len(train_set), "validation": len(validation_set), "shape": list(shape)}
+    def __init__(
+        self,
+        config: TrainConfig,
+        run: Path,
+        dataset: Dataset[Any],
+        split: Split,
+        device: torch.device,
+        world: World,
+        notify: Callable[[Event], None],
+    ) -> None:
+        self.config, self.run, self.device, self.world, self.notify = config, run, device, world, notify
+        self.split, self.skipped = split, cast(dict[str, str], getattr(dataset, "skipped", {}))
+        self.train_set, self.validation_set = split.subsets(dataset)
+        self.batch_size = shared_batch_size(config, len(self.train_set), world.size)
+        self.steps_per_epoch = len(self.train_set) // self.batch_size
+        self.total_steps = config.epochs * self.steps_per_epoch
+        sample = spread_images(self.train_set, SCALE_IMAGES)
+        sizes = {"batch_size": self.batch_size, "total_steps": self.total_steps}
+        self.continues = config.resume is not None and (run / CHECKPOINT_FILE).exists()
+        init_from = None if self.continues else config.init_from
+        self.state = TrainState(config, sample, **sizes, init_from=init_from, device=device, world=world)
+        self.shape = list(sample.shape[1:])
+        self.images_id = {"train": len(self.train_set), "validation": len(self.validation_set), "shape": self.shape}
+        likelihood, workers = self.state.objective.likelihood, config.workers
+        self.baseline = baseline_nats(self.train_set, self.validation_set, likelihood, workers=workers)
+        self.watch = FiniteWatch(device)
+        self.scores: Scores | None = None  # of the last step, where it ended an epoch
 
-    step = 0
-    if config.resume and (run / CHECKPOINT_FILE).exists():
-        state = load_checkpoint(run / CHECKPOINT_FILE, config=config, images=images_id)
-        if sharded or "shards" in state:
-            from . import sharding
+    def resume(self) -> None:
+        """Load the last checkpoint of a run that is resumed, and open the metrics."""
+        path = self.run / CHECKPOINT_FILE
+        if self.continues:
+            state = load_checkpoint(path, config=self.config, images=self.images_id)
+            try:
+                self.state.load_state_dict(state)
+            except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+                raise ValueError(f"the state in {path} does not fit its run: {error}. Start a new run.") from error
+        step = self.state.step
+        if step > self.total_steps:
+            done = -(-step // self.steps_per_epoch)
+            raise ValueError(f"epochs must be at least {done}, which {self.run} has begun; got {self.config.epochs}.")
+        counts = {"step": step, "steps_per_epoch": self.steps_per_epoch}
+        self.recorder = Recorder(self.run, self.notify, **counts, writes=self.world.is_first)
+        has_best = (self.run / BEST / saving.WEIGHTS).exists()
+        self.best = float(saving.read_training(self.run / BEST)["loss"]) if has_best else math.inf
 
-            state = sharding.fitted(run / CHECKPOINT_FILE, state, stateful, world)
-        step = restore(run / CHECKPOINT_FILE, state, stateful)
-    if world.is_first:
-        with naming_the_run(run):
-            write_json(run / CONFIG_FILE, replace(config, out=run.resolve(), resume=None).to_json())
-            split.save(run)
-            if skipped:
-                write_json(run / "skipped.json", skipped)
-    counts = {"step": step, "steps_per_epoch": steps_per_epoch, "dimensions": math.prod(shape)}
-    recorder = Recorder(run, config, notify, **counts, writes=world.is_first)
-    n_parameters = sum(p.numel() for p in parameters)
-    sizes = len(train_set), len(validation_set), n_parameters
-    notify(Started(run, str(device), *sizes, step, total_steps, baseline, skipped))
+    def start(self) -> None:
+        """Write config.json, the split and what was left out of the data, and report the start."""
+        if self.world.is_first:
+            with wrap_io_errors(self.run):
+                write_json(self.run / CONFIG_FILE, replace(self.config, out=self.run.resolve(), resume=None).to_json())
+                self.split.save(self.run)
+                if self.skipped:
+                    write_json(self.run / "skipped.json", self.skipped)
+        parameters = sum(p.numel() for p in self.state.objective.parameters())
+        sizes = len(self.train_set), len(self.validation_set), parameters, self.state.step, self.total_steps
+        self.notify(Started(self.run, str(self.device), *sizes, self.baseline, self.skipped, self.config.to_json()))
 
-    def gather_best() -> None:
-        if sharded:
-            sharding.gather(result, best)
+    def fit(self) -> None:
+        """Train to the last step; validate after each epoch, and save from time to time and when a signal comes."""
+        config, state = self.config, self.state
+        resident = resident_images(self.train_set, self.device, config.cache, workers=config.workers)
+        with deferred_signals() as pending:
+            while state.step < self.total_steps:
+                self.logged_at, self.logged_step = time.perf_counter(), state.step
+                for batch in self.rest_of_epoch(resident):
+                    self.scores = None
+                    self.watch.add(state.step + 1, state.train_step(batch))
+                    self.notify(Stepped(state.step, self.batch_size))
+                    at_log = state.step % config.log_every == 0 or state.step == self.total_steps
+                    if at_log or self.device.type in CHECKED_EACH_STEP:
+                        self.watch.check()
+                    if at_log:
+                        self.log()
+                    if state.step % self.steps_per_epoch == 0:
+                        self.validate()
+                    signal = self.world.all_reduce_max(pending.signal or 0)  # all processes stop at the same step
+                    if state.step % config.checkpoint_every == 0 or state.step == self.total_steps or signal:
+                        self.save()
+                    if signal:
+                        raise TrainingInterrupted(self.run, state.step, Signals(signal))
 
-    def save() -> None:
-        watch.check()  # never replace a good checkpoint by a broken one
-        running.join(world)
-        recorder.sync()
-        gather_best()
-        state = {"step": step} | {name: part.state_dict() for name, part in stateful.items()}
-        with naming_the_run(run):
-            if sharded:
-                state = sharding.save_shards(run / CHECKPOINT_FILE, state, world)
-            if world.is_first:
-                save_checkpoint(run / CHECKPOINT_FILE, config=config, images=images_id, state=state)
-                best.model.save_pretrained(run / "model")
-        notify(Saved(step, run / CHECKPOINT_FILE))
+    def rest_of_epoch(self, resident: Tensor | None) -> Iterable[Tensor]:
+        """This process's share of each batch that is left of the epoch."""
+        epoch, done = divmod(self.state.step, self.steps_per_epoch)
+        order = epoch_order(len(self.train_set), self.batch_size, seed=self.config.seed, epoch=epoch)[done:]
+        own = self.world.shard_range(self.batch_size)
+        own_order = [batch[own.start : own.stop] for batch in order]
+        if resident is not None:
+            return batches_of(resident, own_order)
+        return load_batches(self.train_set, own_order, workers=self.config.workers, device=self.device)
 
-    resident = resident_images(train_set, device, config.cache, workers=config.workers)
-    with deferred_signals() as pending, recorder:
-        while step < total_steps:
-            epoch, done = divmod(step, steps_per_epoch)
-            order = epoch_order(len(train_set), batch_size, seed=config.seed, epoch=epoch)[done:]
-            own = world.part(batch_size)
-            own_order = [batch[own.start : own.stop] for batch in order]
-            if resident is None:
-                batches: Iterable[Tensor] = load_batches(train_set, own_order, workers=config.workers, device=device)
-            else:
-                batches = batches_of(resident, own_order)
-            logged_at, logged_step = time.perf_counter(), step
-            for batch in batches:
-                rate = learning_rate(
-                    step, peak=config.learning_rate, warmup_steps=config.warmup_steps, total_steps=total_steps
-                )
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                images = batch.to(device, non_blocking=True)
-                if config.channels_last:
-                    images = images.contiguous(memory_format=torch.channels_last)
-                terms = accumulated(config, objective, module, images, own.start, step, scaler, world)
-                if sharded:
-                    sharding.average_whole_gradients(objective, world)
-                scaler.unscale_(optimizer)
-                norm = clip(parameters, config.clip_norm)
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad()
-                objective.step()
-                if averaged:
-                    averaged.update_parameters(objective)
-                step += 1
+    def log(self) -> None:
+        """Record the mean terms of the steps since the last record, and the speed."""
+        state, objective, now = self.state, self.state.objective, time.perf_counter()
+        figures = {"lr": state.rate, "beta": objective.beta_at(state.step - 1)}
+        figures |= {name.rpartition(".")[2]: scale.item() for name, scale in objective.scales().items()}
+        figures["images_per_second"] = (state.step - self.logged_step) * self.batch_size / (now - self.logged_at)
+        loss, recon, kl = state.running.take(self.world)
+        bits = Density.of(objective.likelihood).bits_per_dim(recon + kl, math.prod(self.shape))
+        self.recorder.log("train", state.step, loss, recon, kl, bits_per_dim=bits, **figures)
+        self.logged_at, self.logged_step = now, state.step
 
-                running.add(terms)
-                # loss scaling meets infinite gradients on its way and skips those steps
-                watch.add(step, terms.loss if scaler.is_enabled() else terms.loss + norm)
-                at_log = step % config.log_every == 0 or step == total_steps
-                if at_log or device.type in CHECKED_EACH_STEP:
-                    watch.check()
-                if at_log:
-                    now = time.perf_counter()
-                    speed = (step - logged_step) * batch_size / (now - logged_at)
-                    beta, learned = objective.beta_at(step - 1), objective.learned_scale()
-                    scale = {} if learned is None else {"log_scale": learned.item()}
-                    figures = {"lr": rate, "beta": beta, **scale, "images_per_second": speed}
-                    recorder.log("train", step, *running.take(world), **figures)
-                    logged_at, logged_step = now, step
-                if step % steps_per_epoch == 0:
-                    watch.check()
-                    gather_best()
-                    scores = evaluate(best, validation_set, workers=config.workers, world=world)
-                    found, passes = scores.evaluation, step // steps_per_epoch
-                    figures = {"lr": rate, "beta": objective.beta_at(step), "active_units": found.active_units}
-                    recorder.log("validation", step, scores.loss, found.recon, found.kl, **figures)
-                    if world.is_first and draw.is_in_progress(passes, config.epochs):
-                        with naming_the_run(run), decode_to_images(best), evaluation_mode(best):
-                            draw.save_progress(run, best.model, validation_set, passes)
-                signal = world.largest(pending.signal or 0)  # all stop at one step, whoever was told to
-                if step % config.checkpoint_every == 0 or step == total_steps or signal:
-                    save()
-                if signal:
-                    raise TrainingInterrupted(run, step, Signals(signal))
+    def validate(self) -> None:
+        """Evaluate on the validation images, keep the best weights, and draw the progress."""
+        from fastvae.evaluation import pictures
 
-    gather_best()
-    scores = evaluate(best, validation_set, workers=config.workers, world=world)
-    drawn: list[Path] = []
-    if world.is_first:
-        with naming_the_run(run):
-            shown = {"records": recorder.records, "baseline": baseline}
-            drawn = report.summarize(run, best, validation_set, scores, **shown)
-    notify(Finished(run, scores.evaluation, drawn))
-    return TrainResult(run, scores.evaluation, baseline, drawn)
+        self.watch.check()
+        step, objective = self.state.step, self.state.update_evaluated()
+        self.scores = evaluate(objective, self.validation_set, workers=self.config.workers, world=self.world)
+        found, epoch = self.scores.evaluation, step // self.steps_per_epoch
+        figures = {"bits_per_dim": found.bits_per_dim, "lr": self.state.rate, "beta": objective.beta_at(step)}
+        figures["active_units"] = found.active_units
+        self.recorder.log("validation", step, self.scores.loss, found.recon, found.kl, **figures)
+        if not self.world.is_first:
+            return
+        loss = objective.weighted_nats(found.recon, found.kl)
+        with wrap_io_errors(self.run):
+            if loss < self.best:
+                self.best = loss
+                self.state.export(self.run / BEST, loss=loss)
+            if pictures.is_in_progress(epoch, self.config.epochs):
+                with decode_to_images(objective), evaluation_mode(objective):
+                    path = pictures.save_progress(self.run, objective.model, self.validation_set, epoch)
+                self.notify(Drawn(step, "progress", path))
+
+    def save(self) -> None:
+        """Write the checkpoint and the exported weights."""
+        self.watch.check()  # never replace a good checkpoint by a broken one
+        self.recorder.sync()
+        self.state.update_evaluated()
+        path, content = self.run / CHECKPOINT_FILE, self.state.state_dict()
+        if self.world.is_first:
+            with wrap_io_errors(self.run):
+                save_checkpoint(path, config=self.config, images=self.images_id, state=content)
+                self.state.export(self.run / LAST)
+        self.notify(Saved(self.state.step, path))
+
+    def finish(self) -> TrainResult:
+        """Evaluate the final weights, and draw the pictures and the report."""
+        from fastvae.evaluation import report
+
+        objective, validation, workers = self.state.update_evaluated(), self.validation_set, self.config.workers
+        scores = self.scores or evaluate(objective, validation, workers=workers, world=self.world)
+        drawn: list[Path] = []
+        if self.world.is_first:
+            with wrap_io_errors(self.run):
+                records, baseline = self.recorder.records, self.baseline
+                drawn = report.summarize(self.run, objective, validation, scores, records=records, baseline=baseline)
+        self.notify(Finished(self.run, scores.evaluation, drawn))
+        return TrainResult(self.run, scores.evaluation, self.baseline, drawn)

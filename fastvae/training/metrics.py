@@ -1,4 +1,4 @@
-"""Numbers that a training step reports, kept on the device until somebody reads them."""
+"""Figures of training steps, kept on the device until they are read."""
 
 import math
 
@@ -7,25 +7,11 @@ from torch import Tensor
 
 from fastvae import VAELossTerms
 
-from .distributed import World
+from .._distributed import World
 
 
 class NonFiniteLossError(ArithmeticError):
     """The loss or its gradient became infinite or NaN; the message says when and what to try."""
-
-
-def bits_per_dim(nats: float, dimensions: int) -> float:
-    """Negative log-likelihood per image element in bits: nats / (dimensions * ln 2).
-
-    For the "l2" likelihood, `nats` leaves out the constant of the Gaussian decoder, dimensions * ln(pi) / 2 at its
-    variance of 1/2, and images are in [0, 1]; so figures compare between runs of fastvae, not with bits/dim of
-    8-bit densities.
-
-    Args:
-        nats: Negative ELBO (or a term of it) per image.
-        dimensions: Elements of an image: channels * height * width.
-    """
-    return nats / (dimensions * math.log(2))
 
 
 class RunningMean:

@@ -1,188 +1,176 @@
-"""What a run minimises: a model and its loss as one module, so that both are trained, averaged and saved alike."""
+"""The loss that the options of a run ask for, and that of a run that is done."""
 
 import math
 import warnings
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import fastvae
 from fastvae import schedules
-from fastvae.likelihoods import L1, L2, Bernoulli, BernoulliProbs, Gaussian, Likelihood, Scaled, resolve
-from fastvae.models import VAE
-from fastvae.models.vae import VAEOutput
+from fastvae.evaluation.density import of_means
+from fastvae.evaluation.elbo import as_unit_interval, best_log_scale, error_sum
+from fastvae.evaluation.objective import Objective, by_dimension
+from fastvae.likelihoods import L1, L2, Gaussian, Huber, Likelihood, LogCosh, Scaled, SmoothL1
+from fastvae.models import VAE, saving
+from fastvae.presets import preset_options
 from fastvae.regularizers import Capacity, FreeBits
 
-from .checkpoint import CHECKPOINT_FILE, load_part, restore
+from .checkpoint import LAST
 from .config import TrainConfig
-from .objective_options import loss_options
-from .perceptual import Distance, lpips_distance
+from .loss_config import LossConfig
+from .perceptual import lpips_distance
+
+# of a run that names neither a likelihood nor a preset; docs/training.md compares them with others
+DEFAULT_LOG_VARIANCE, DEFAULT_BETA = -4.25, 8.0
 
 
-class Objective(nn.Module):
-    """A model and the loss that it is trained with.
+def build_objective(config: TrainConfig, model: VAE, *, batch_size: int, total_steps: int) -> Objective:
+    """The model and the loss of a run."""
+    options = loss_options(config)
+    reduction = options.pop("reduction", "batchmean")
+    recon_reduction = options.pop("recon_reduction", reduction)
+    kl_reduction = options.pop("kl_reduction", reduction)
+    clamp = options.pop("logvar_clamp", None)
+    # the other reductions are weights on the terms per image, which so keep their unit in the logs
+    n_pixels, n_latents = math.prod(model.config.image_shape), math.prod(model.config.latent_shape)
+    beta_unit = _unit(kl_reduction, batch_size, n_latents)
+    beta = _beta(config, options.pop("beta", 1.0), beta_unit, total_steps)
+    recon_weight = options.pop("recon_weight", 1.0) * _unit(recon_reduction, batch_size, n_pixels)
+    free_bits = None if config.free_bits is None else FreeBits(config.free_bits, config.free_bits_mode)
+    criterion = fastvae.VAELoss(
+        beta,
+        return_terms=True,
+        recon_weight=recon_weight,
+        free_bits=free_bits,
+        capacity=_capacity(config, total_steps),
+        logvar_clamp=clamp if by_dimension(free_bits) else None,
+        **options,
+    )
+    return Objective(
+        model,
+        criterion,
+        logvar_clamp=clamp,
+        beta_unit=beta_unit,
+        perceptual=lpips_distance(config.perceptual, next(model.parameters()).device) if config.perceptual else None,
+    )
+
+
+def trained_objective(run: Path, model: VAE, weights: Path) -> Objective:
+    """The objective that a run evaluates: its likelihood, its learned scale and its clamp; weight of the KL is 1.
 
     Args:
-        model: The model; it decodes to logits if the likelihood wants logits or probabilities.
-        criterion: The loss, which returns terms, as nats per image (of the likelihood); the negative ELBO with "l2" if
-            None.
-        logvar_clamp: Bounds of the posterior's log variance.
-        beta_unit: What a beta of 1 is in the loss; not 1 where the loss is a sum over the batch or a mean of elements.
-        perceptual: [B] distances of reconstructions from images, added to the error of each element while training.
+        run: Folder of the run.
+        model: The model that is loaded from `weights`.
+        weights: The run's folder "model" or "best".
+
+    Raises:
+        ValueError: the run's config cannot be read, or `weights` lack the learned scale.
     """
+    options = loss_options(TrainConfig.from_run(run))
+    criterion = fastvae.VAELoss(likelihood=options.get("likelihood", "l2"), return_terms=True)
+    objective = Objective(model, criterion, logvar_clamp=options.get("logvar_clamp"))
+    load_scales(objective, weights)
+    return objective.to(next(model.parameters()).device)
 
-    def __init__(
-        self,
-        model: VAE,
-        criterion: fastvae.VAELoss | None = None,
-        *,
-        logvar_clamp: tuple[float, float] | None = None,
-        beta_unit: float = 1.0,
-        perceptual: Distance | None = None,
-    ) -> None:
-        super().__init__()
-        self.model = model
-        self.criterion = criterion if criterion is not None else fastvae.VAELoss(return_terms=True)
-        self.logvar_clamp = logvar_clamp
-        self.beta_unit = beta_unit
-        self.perceptual = perceptual
-        self._schedules = [module for module in self.criterion.modules() if isinstance(module, schedules.Schedule)]
 
-    @classmethod
-    def of(cls, config: TrainConfig, model: VAE, *, batch_size: int, total_steps: int) -> "Objective":
-        """The objective of a run."""
-        options = loss_options(config)
-        reduction = options.pop("reduction", "batchmean")
-        recon_reduction = options.pop("recon_reduction", reduction)
-        kl_reduction = options.pop("kl_reduction", reduction)
-        clamp = options.pop("logvar_clamp", None)
-        # the other reductions are weights on the terms per image, which so keep their unit in the logs
-        n_pixels, n_latents = math.prod(model.config.image_shape), math.prod(model.config.latent_shape)
-        beta_unit = _unit(kl_reduction, batch_size, n_latents)
-        beta = _beta(config, options.pop("beta", 1.0), beta_unit, total_steps)
-        recon_weight = options.pop("recon_weight", 1.0) * _unit(recon_reduction, batch_size, n_pixels)
-        free_bits = None if config.free_bits is None else FreeBits(config.free_bits, config.free_bits_mode)
-        criterion = fastvae.VAELoss(
-            beta,
-            return_terms=True,
-            recon_weight=recon_weight,
-            free_bits=free_bits,
-            capacity=_capacity(config, total_steps),
-            logvar_clamp=clamp if _by_dimension(free_bits) else None,
-            **options,
+def load_scales(objective: Objective, weights: Path) -> None:
+    """Set learned scales of the likelihood to those that a run saved with its weights.
+
+    Raises:
+        ValueError: `weights` has not the scales of this likelihood.
+    """
+    found, own = saving.read_training(weights).get("scales", {}), objective.scales()
+    if own and found.keys() != own.keys():
+        raise ValueError(
+            f"{weights} has no scale of the likelihood {objective.likelihood}, which its run learned. Copy the run "
+            "again, or train it with this version."
         )
-        return cls(
-            model,
-            criterion,
-            logvar_clamp=clamp,
-            beta_unit=beta_unit,
-            perceptual=lpips_distance(config.perceptual, next(model.parameters()).device)
-            if config.perceptual
-            else None,
-        )
-
-    @classmethod
-    def of_run(cls, run: Path, model: VAE) -> "Objective":
-        """`model`, which a run exported, with the run's likelihood, learned scale and clamp; weight of the KL is 1.
-
-        Raises:
-            FileNotFoundError: a learned scale is asked of a run that has no checkpoint any more.
-            ValueError: the run's config or its checkpoint cannot be read.
-        """
-        config = TrainConfig.from_run(run)
-        options = loss_options(config)
-        criterion = fastvae.VAELoss(likelihood=options.get("likelihood", "l2"), return_terms=True)
-        own = criterion.state_dict()
-        if own:
-            part, prefix = ("ema", "module.criterion.") if config.ema else ("criterion", "")
-            saved = load_part(run / CHECKPOINT_FILE, part)
-            named = {name: saved[prefix + name] for name in own if prefix + name in saved}
-            restore(run / CHECKPOINT_FILE, {"step": 0, "criterion": named}, {"criterion": criterion})
-        device = next(model.parameters()).device
-        return cls(model, criterion.to(device), logvar_clamp=options.get("logvar_clamp"))
-
-    @property
-    def likelihood(self) -> Likelihood:
-        return resolve(self.criterion.likelihood)
-
-    def fix_scale(self, log_scale: float) -> None:
-        """Put a number in the place of the likelihood's optimal scale."""
-        likelihood = self.likelihood
-        assert isinstance(likelihood, Gaussian | Scaled)
-        likelihood.log_scale = log_scale
-
-    @property
-    def decodes_logits(self) -> bool:
-        return wants_logits(self.likelihood)
-
-    def forward(
-        self, images: Tensor, *, seed: int | None = None, offset: int = 0
-    ) -> tuple[VAEOutput, fastvae.VAELossTerms]:
-        """Run the model on images, with the noise of torch's default generator or of `seed`, and take the loss."""
-        out = self.run_model(images, seed, offset)
-        out = out._replace(recon=self._as_likelihood_wants(out.recon))
-        extra = self._perceptual_error(out.recon, images) if self.training else None
-        if _by_dimension(self.criterion.free_bits):  # which the KL of a whole image does not tell
-            return out, self.criterion(out.recon, images, out.mu, out.logvar, extra=extra)
-        return out, self.criterion(out.recon, images, kl=out.kl, extra=extra)
-
-    def run_model(self, images: Tensor, seed: int | None, offset: int) -> VAEOutput:
-        if self.logvar_clamp is None:
-            out: VAEOutput = self.model(images, seed=seed, offset=offset)
-            return out
-        mu, logvar = self.model.encode(images)
-        z, kl = fastvae.reparameterize_kl(mu, logvar, seed=seed, offset=offset, logvar_clamp=self.logvar_clamp)
-        return VAEOutput(self.model.decode(z), z, mu, logvar, kl)
-
-    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log variance of the posterior, within the clamp; each [B, *latent_shape]."""
-        posterior = self.model.posterior(images)
-        mu, logvar = posterior.mean, posterior.logvar
-        return mu, logvar if self.logvar_clamp is None else logvar.clamp(*self.logvar_clamp)
-
-    def reconstruction_nats(self, z: Tensor, images: Tensor) -> Tensor:
-        """[B]: nats of each image, given its latent; without what the likelihood leaves out."""
-        recon = self._as_likelihood_wants(self.model.decode(z))
-        return fastvae.reconstruction_loss(recon, images, likelihood=self.likelihood, reduction="none")
-
-    def _as_likelihood_wants(self, recon: Tensor) -> Tensor:
-        # 16 bits have no probability between 0.998 and 1
-        return recon.float().sigmoid() if isinstance(self.likelihood, BernoulliProbs) else recon
-
-    def _perceptual_error(self, recon: Tensor, images: Tensor) -> Tensor | None:
-        if self.perceptual is None:
-            return None
-        is_logits = self.decodes_logits and not isinstance(self.likelihood, BernoulliProbs)
-        return self.perceptual(recon.sigmoid() if is_logits else recon, images)
-
-    def step(self) -> None:
-        """Bring the schedules to the next optimizer step, on the device."""
-        for schedule in self._schedules:
-            schedule.step()
-
-    def beta_at(self, step: int) -> float:
-        """Beta after so many steps, computed on the host."""
-        beta = self.criterion.beta
-        return (beta.value_at(step) if isinstance(beta, schedules.Schedule) else float(beta)) / self.beta_unit
-
-    def learned_scale(self) -> Tensor | None:
-        """The likelihood's log scale (log variance of a Gaussian) if it is a parameter."""
-        return next(self.criterion.parameters(), None)
+    for name, scale in own.items():
+        scale.data.copy_(torch.tensor(found[name]))
 
 
-def decode_to_images(objective: Objective) -> AbstractContextManager[Any]:
-    """Let the objective's model decode to probabilities where it decodes to logits: for good, or in a `with` block."""
-    if not objective.decodes_logits:
-        return nullcontext()
-    return objective.model.decoder.register_forward_hook(lambda module, inputs, logits: logits.sigmoid())
+def load_weights(objective: Objective, source: Path) -> None:
+    """Start from the weights of another run, and from its learned scales if the likelihood is the same.
+
+    Args:
+        objective: Gets them.
+        source: Run folder, its folder "best", or a folder of `VAE.save_pretrained`.
+
+    Raises:
+        FileNotFoundError: there are no weights.
+        ValueError: they are damaged, or of a model of other sizes.
+    """
+    folder = source / LAST if (source / LAST).is_dir() else source
+    config, weights = saving.load(folder, "cpu")
+    own = objective.model.config
+    different = [
+        f"{name} {theirs!r}, here {getattr(own, name)!r}"
+        for name, theirs in config.to_dict().items()
+        if name != "checkpointing" and theirs != own.to_dict()[name]
+    ]
+    if different:
+        raise ValueError(f"the model in {folder} has {'; '.join(different)}. Give this run the same options.")
+    objective.model.load_state_dict(weights)
+    if saving.read_training(folder).get("scales", {}).keys() == objective.scales().keys():
+        load_scales(objective, folder)
 
 
-def wants_logits(likelihood: Likelihood) -> bool:
-    """Whether a decoder for this likelihood has no bounds of its own, but a sigmoid after it."""
-    base = likelihood.base if isinstance(likelihood, Gaussian | Scaled) else likelihood
-    return isinstance(base, Bernoulli | BernoulliProbs) or (isinstance(base, L1 | L2) and base.from_logits)
+def initialize_scale(objective: Objective, images: Tensor) -> None:
+    """Start a learned scale where it is best for a model that always answers the mean of `images`, [n, C, H, W]."""
+    likelihood = objective.likelihood
+    if not isinstance(likelihood, Gaussian | Scaled):
+        return
+    pixels = as_unit_interval(images)
+    error = error_sum(of_means(likelihood.base), pixels.mean(0).expand_as(pixels), pixels)
+    for scale in objective.scales().values():
+        scale.data.fill_(best_log_scale(error, pixels.numel()))
+
+
+def loss_options(config: LossConfig) -> dict[str, Any]:
+    """The preset's arguments of `VAELoss`, with those that the config gives in their place; what neither has is absent.
+
+    The schedule of beta, free bits and the capacity, which no preset has, are not among them.
+    """
+    options = {} if config.preset is None else preset_options(config.preset)
+    if config.preset is None and config.likelihood is None:
+        options |= {"likelihood": Gaussian(DEFAULT_LOG_VARIANCE), "beta": DEFAULT_BETA}
+    elif config.likelihood is not None:
+        options["likelihood"] = likelihood_of(config)
+    for name in ("beta", "recon_weight", "reduction", "recon_reduction", "kl_reduction", "logvar_clamp"):
+        if getattr(config, name) is not None:
+            options[name] = getattr(config, name)
+    return options
+
+
+def likelihood_of(config: LossConfig) -> str | Likelihood:
+    """What `VAELoss` takes for the likelihood that the config names; a learned scale is a parameter of it."""
+    name, number = config.likelihood, config.likelihood_parameter
+    full, softclip = config.likelihood_full, config.likelihood_softclip
+    log_scale = 0.0 if number is None else number
+    width = 1.0 if number is None else number
+    match name:
+        case "huber":
+            return Huber(width)
+        case "smooth_l1":
+            return SmoothL1(width)
+        case "log_cosh":
+            return LogCosh(width)
+        case "l2_logits":
+            return L2(from_logits=True)
+        case "l1_logits":
+            return L1(from_logits=True)
+        case "gaussian":
+            return Gaussian(nn.Parameter(torch.tensor(log_scale)), full=full, softclip=softclip)
+        case "gaussian_fixed":
+            return Gaussian(log_scale, full=full, softclip=softclip)
+        case "gaussian_optimal":
+            return Gaussian("optimal", full=full, softclip=softclip)
+        case "scaled_l1" | "scaled_l2":
+            return Scaled(name.removeprefix("scaled_"), nn.Parameter(torch.tensor(log_scale)))
+    return name or "l2"
 
 
 def _unit(reduction: str, batch_size: int, elements: int) -> float:
@@ -225,7 +213,3 @@ def _warn_if_longer(name: str, steps: int, total_steps: int) -> None:
             f"end. Lower --{name}-steps{' or --beta-delay' if name == 'beta' else ''}, or train for more --epochs.",
             stacklevel=2,
         )
-
-
-def _by_dimension(free_bits: FreeBits | None) -> bool:
-    return free_bits is not None and free_bits.mode != "sample"

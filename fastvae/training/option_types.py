@@ -32,7 +32,7 @@ class OptionType(NamedTuple):
         one = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text", Path: "a path"}
         if self.length is None:
             return one[self.kind]
-        return f"{self.length or 'a list'} of {one[self.kind].partition(' ')[2]}s"
+        return f"{self.length or 'one or more'} {one[self.kind].partition(' ')[2]}s"
 
     def converted(self, value: object) -> Any:
         """`value` as the option holds it: a tuple for a list, a Path for a str, a float for an int.
@@ -44,7 +44,7 @@ class OptionType(NamedTuple):
             return None
         if self.length is None:
             return self._single(value)
-        if not isinstance(value, tuple | list) or (self.length and len(value) != self.length):
+        if not isinstance(value, tuple | list) or len(value) != (self.length or max(len(value), 1)):
             raise ValueError(value)
         return tuple(map(self._single, value))
 

@@ -5,10 +5,12 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from .._distributed import restarts
 from .._files import (
     TEMPORARY_SUFFIX,
     dump_json,
@@ -19,7 +21,7 @@ from .._files import (
     write_bytes,
 )
 from .checkpoint import CHECKPOINT_FILE
-from .config import TrainConfig
+from .config import CONFIG_FILE, TrainConfig
 from .run_lock import LOCK_FILE, RunLockedError, lock_run
 
 METRICS_FILE = "metrics.jsonl"
@@ -35,7 +37,7 @@ class RunFolderError(OSError):
 
 
 @contextmanager
-def naming_the_run(run: Path) -> Iterator[None]:
+def wrap_io_errors(run: Path) -> Iterator[None]:
     """Let what the system refuses be a `RunFolderError` that says what to do.
 
     Files are replaced whole, so the last checkpoint is as it was.
@@ -48,7 +50,7 @@ def naming_the_run(run: Path) -> Iterator[None]:
         remedy = "Free space, set its permissions, or choose another --out; there is no checkpoint yet."
         if (run / CHECKPOINT_FILE).exists():
             remedy = (
-                "The last checkpoint is intact: free space or set the permissions, then go on with "
+                "The last checkpoint is intact: free space or set the permissions, then continue with "
                 f"fastvae train --resume {run}"
             )
         raise RunFolderError(f"cannot write to the run folder {run}: {error}. {remedy}") from error
@@ -66,7 +68,7 @@ def locked_run_folder(config: TrainConfig) -> Iterator[Path]:
     """
     run = choose_run_folder(config)
     with ExitStack() as stack:
-        with naming_the_run(run):
+        with wrap_io_errors(run):
             stack.enter_context(lock_run(run))
         if config.resume is None:
             _require_empty(run)
@@ -92,6 +94,25 @@ def choose_run_folder(config: TrainConfig) -> Path:
         raise ValueError(f"a resumed run stays in its folder {run}; got --out {config.out}. Leave --out away.")
     TrainConfig.from_run(run).require_same(config, f"the run {run}")
     return run
+
+
+def resumed_after_restart(config: TrainConfig) -> TrainConfig:
+    """The config, set to resume its run if torchrun has restarted the processes.
+
+    Raises:
+        ValueError: the run's folder has no name that a restart can know.
+    """
+    if restarts() == 0 or config.resume is not None:
+        return config
+    if config.out is None:
+        raise ValueError("torchrun has restarted the processes, which do not know their run folder. Pass --out.")
+    if not (config.out / CONFIG_FILE).exists():
+        return config
+    if not (
+        config.out / CHECKPOINT_FILE
+    ).exists():  # stopped before its first checkpoint: start again in the same folder
+        return replace(config, resume=config.out)
+    return replace(TrainConfig.from_run(config.out), device=config.device, workers=config.workers)
 
 
 def _unused(path: Path) -> Path:

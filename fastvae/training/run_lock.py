@@ -68,7 +68,7 @@ def _acquire(path: str, run: Path) -> int:
                 os.close(handle)
                 raise _locked(run, owner or "another process") from None
             warnings.warn(f"the file system of {run} has no locks: start no second training in it", stacklevel=2)
-        # a training that ended meanwhile may have removed the file that was opened
+        # a training that has just ended may have removed the file that was opened
         if os.path.exists(path) and os.path.samestat(os.fstat(handle), os.stat(path)):  # noqa: PTH110, PTH116
             os.truncate(handle, 0)
             os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())

@@ -4,13 +4,18 @@ import os
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
 from fastvae import _backend
+from fastvae.evaluation.objective import Objective
 from fastvae.models import VAE, VAEConfig
 
 from .config import TrainConfig
-from .objective import Objective
+
+# Adam moves a learned log scale by about the learning rate in a step, so by that of the networks, 2e-3, it would take
+# thousands of steps to reach its optimum
+LOSS_LEARNING_RATE = 10.0  # in learning rates of the model
 
 
 def resolve_device(name: str) -> torch.device:
@@ -41,20 +46,32 @@ def _named_device(name: str, accelerator: torch.device | None) -> torch.device:
 
 
 def make_optimizer(config: TrainConfig, objective: Objective) -> torch.optim.Optimizer:
-    """AdamW; the parameters of the loss do not decay."""
-    groups: list[dict[str, Any]] = [{"params": list(objective.model.parameters())}]
-    if list(objective.criterion.parameters()):
-        groups.append({"params": list(objective.criterion.parameters()), "weight_decay": 0.0})
+    """AdamW; `initial_lr` of each group is its peak. The parameters of the loss learn faster and do not decay."""
+    rates = {"lr": config.learning_rate, "initial_lr": config.learning_rate}
+    groups: list[dict[str, Any]] = [{"params": list(objective.model.parameters()), **rates}]
+    if scales := list(objective.criterion.parameters()):
+        fast = LOSS_LEARNING_RATE * config.learning_rate
+        groups.append({"params": scales, "weight_decay": 0.0, "lr": fast, "initial_lr": fast})
     fused = next(objective.parameters()).device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused)
+    return torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=fused)
 
 
 def averaged_over_steps(objective: Objective, decay: float, *, sharded: bool) -> AveragedModel:
-    """Exponential moving average of model and loss; the first step's weights are where it begins."""
+    """Exponential moving average of model and loss, which begins with the weights after the first step.
+
+    After n steps the decay is at most (1 + n) / (10 + n), so that a short run forgets its first weights too.
+    """
     # all tensors at once, unless some are sharded and some are not
-    function = {"avg_fn": get_ema_avg_fn(decay)} if sharded else {"multi_avg_fn": get_ema_multi_avg_fn(decay)}  # type: ignore[no-untyped-call]
+    average_of: Any = get_ema_avg_fn if sharded else get_ema_multi_avg_fn
+
+    def average(averaged: Any, current: Any, steps: int | Tensor) -> Any:
+        n = int(steps)
+        return average_of(min(decay, (1 + n) / (10 + n)))(averaged, current, steps)
+
     # without `device`, its count of steps stays on the host, and averaging waits for nothing
-    return AveragedModel(objective, **function)
+    if sharded:
+        return AveragedModel(objective, avg_fn=average)
+    return AveragedModel(objective, multi_avg_fn=average)
 
 
 def model_config(config: TrainConfig, shape: tuple[int, ...]) -> VAEConfig:
@@ -66,6 +83,7 @@ def model_config(config: TrainConfig, shape: tuple[int, ...]) -> VAEConfig:
         backbone=config.backbone,
         latent_dim=config.latent_dim,
         width=config.width,
+        residual=config.residual,
         hidden=config.hidden,
         latent_channels=config.latent_channels,
         checkpointing=config.checkpointing,

@@ -77,7 +77,7 @@ class Split:
         return Subset(dataset, self.train.tolist()), Subset(dataset, self.validation.tolist())
 
     def require_same(self, found: Identity, run: Path) -> None:
-        """Check that a run would go on with the images it began with.
+        """Check that a run would continue with the images it began with.
 
         Raises:
             ValueError: the images are others.

@@ -11,42 +11,43 @@ import torch
 from torch import Tensor, nn
 
 from fastvae import VAELossTerms
+from fastvae.evaluation.objective import Objective
 
+from .._distributed import World
 from .config import TrainConfig
-from .distributed import World
-from .objective import Objective
 
 
-def accumulated(
+def train_step(
     config: TrainConfig,
     objective: Objective,
     module: nn.Module,
     images: Tensor,
-    place: int,
     step: int,
     scaler: torch.amp.GradScaler,
     world: World,
 ) -> VAELossTerms:
-    """Add up the gradients of one step, part by part, and return the means of its terms.
+    """Compute the gradients of one step, in `config.accumulate` parts, and return the means of its terms.
 
     Args:
+        config: Options of the run.
         objective: Model and loss.
         module: The same, wrapped for several processes or compiled.
         images: This process's share of the batch.
-        place: Number of its first image in the whole batch.
-        step: With the place it decides the noise: all images of a run, step by step, draw from one stream.
+        step: Updates done. With the process it decides the noise: all images of a run draw from one stream.
+        scaler: Of the gradients, in fp16.
+        world: The processes, which have equal shares.
     """
     n_latents = math.prod(objective.model.config.latent_shape)
     seed = noise_seed(config.seed)
-    place += step * len(images) * world.size
+    first = (step * world.size + world.rank) * len(images)  # number of the first image in the run
     found: list[VAELossTerms] = []
     for part in images.chunk(config.accumulate):
         last = len(found) == config.accumulate - 1
         with nullcontext() if last else world.without_averaging(module):
             with autocast(images.device, config.precision):
-                _, terms = module(part, seed=seed, offset=place * n_latents)
+                _, terms = module(part, seed=seed, offset=first * n_latents)
             scaler.scale(terms.loss / config.accumulate if config.accumulate > 1 else terms.loss).backward()
-        place += len(part)
+        first += len(part)
         found.append(terms)
     if len(found) == 1:
         return found[0]

@@ -1,4 +1,4 @@
-"""Second half of every sum: partial sums, one per program in a split that sizes alone decide, folded into the results.
+"""The second half of every sum: folds the partial sums that programs wrote. How a sum is split depends on sizes only.
 
 No atomics, so the same input gives the same bits; in float64, because one program adds up thousands of partial sums
 and has nothing else to do.

@@ -175,7 +175,7 @@ def element_offsets(
 
 @triton.jit
 def pointers(ptr, strides, geometry, rows, cols, absent):
-    """To a tile's elements; `absent`, which nobody reads, where there is no tensor: a tuple cannot hand on None."""
+    """To a tile's elements; `absent`, which is not read, without a tensor: a tuple of pointers takes no None."""
     return absent if ptr is None else ptr + element_offsets(rows, cols, strides, geometry.sizes)
 
 
@@ -189,7 +189,7 @@ def tile_origin(pid, geometry):
 
 @triton.jit
 def full_tile(first_row, first_col, geometry):
-    """Whether a tile lies within the tensors: then it needs no mask, which would narrow its accesses."""
+    """Whether a tile lies within the tensors: then it needs no mask, which would prevent wide accesses."""
     return (first_row + geometry.block_rows <= geometry.n_rows) & (first_col + geometry.block_cols <= geometry.n_cols)
 
 
@@ -197,6 +197,8 @@ def full_tile(first_row, first_col, geometry):
 def load(ptrs, mask, DTYPE: tl.constexpr, other=0.0):
     """Load into the dtype of arithmetic. A mask of None keeps 16-byte accesses; masked-off elements read as `other`."""
     values = tl.load(ptrs) if mask is None else tl.load(ptrs, mask=mask, other=other)
+    if values.dtype == tl.bfloat16:  # the upper half of a float32; the compiler's conversion takes an instruction more
+        values = (values.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     return values.to(DTYPE)
 
 
@@ -212,12 +214,17 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else _NO_CONTEXT
 
 
-def pack_f64(x: float | Tensor | None) -> int | Tensor | None:
+def pack_f64(x: float | Tensor | None) -> Any:
     """What `unpack_f64` takes: the bits of a float, because a float argument arrives on a GPU rounded to float32."""
-    if x is None or isinstance(x, Tensor):
-        return x
-    bits: int = _INT64.unpack(_FLOAT64.pack(x))[0]
-    return bits
+    return pack_all(x)[0]
+
+
+def pack_all(*numbers: float | Tensor | None) -> list[Any]:
+    """`pack_f64` of each."""
+    packed: list[Any] = []
+    for x in numbers:
+        packed.append(x if x is None or isinstance(x, Tensor) else _INT64.unpack(_FLOAT64.pack(x))[0])
+    return packed
 
 
 def triton_dtype(dtype: torch.dtype) -> tl.dtype:

@@ -1,5 +1,5 @@
 """Gradients of a VAE's loss, in one launch. Where the forward pass has written that of the reconstruction already, its
-programs read the upstream gradient and leave at once if that is what the forward pass took it for.
+programs read the upstream gradient and return at once if it is 1, as the forward pass assumed.
 """
 
 from collections.abc import Sequence
@@ -9,11 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._tile import NUM_WARPS, full_tile, load, on_device, pack_f64, tile_origin, unpack_f64
-from .elbo_samples import sample_gradients
+from ._tile import NUM_WARPS, full_tile, load, on_device, pack_all, tile_origin, unpack_f64
+from .elbo_samples_bwd import sample_gradients
 from .images import Images, image_pointers, image_tile
 from .latents import Latents, latent_gradient_tile, latent_pointers
-from .plan import ElboPlan
+from .plan import ElboPlan, seen_numbers
 from .samples import Samples
 from .types import ElboNumbers
 
@@ -22,53 +22,50 @@ _NO_IMAGES, _NO_LATENTS = Images(), Latents()
 
 
 class Upstream(NamedTuple):
-    """Gradients of the outputs, or their strides: [n_rows], or one for all at stride 0. None: none was given."""
+    """Gradients of the outputs, one per row at `stride` 1, or one for all at 0. None: none was given."""
 
     loss: Any
     recon: Any
     kl: Any
-
-
-_STRIDES = {False: Upstream(0, 0, 0), True: Upstream(1, 1, 1)}
+    stride: Any
 
 
 @triton.jit
-def _coefficient(weight, scale, dloss_ptr, dterm_ptr, dloss_stride, dterm_stride, rows, n_rows, DTYPE: tl.constexpr):
+def _coefficient(weight, scale, dloss_ptr, dterm_ptr, stride, rows, n_rows, DTYPE: tl.constexpr):
     """(weight * dloss + dterm) * scale of each row: the gradient of the sum that a term is made of."""
     coefficient = tl.zeros(rows.shape, DTYPE)
     if dloss_ptr is not None:
-        coefficient += unpack_f64(weight, DTYPE) * load(dloss_ptr + rows * dloss_stride, rows < n_rows, DTYPE)
+        coefficient += unpack_f64(weight, DTYPE) * load(dloss_ptr + rows * stride, rows < n_rows, DTYPE)
     if dterm_ptr is not None:
-        coefficient += load(dterm_ptr + rows * dterm_stride, rows < n_rows, DTYPE)
+        coefficient += load(dterm_ptr + rows * stride, rows < n_rows, DTYPE)
     return coefficient * unpack_f64(scale, DTYPE)
 
 
 @triton.jit
-def _rescale(ptrs, factor, mask, DTYPE: tl.constexpr):
-    tl.store(ptrs, (factor * load(ptrs, mask, DTYPE)).to(ptrs.dtype.element_ty), mask=mask)
+def _rescale(gradient_ptr, ptrs, factor, mask, DTYPE: tl.constexpr):
+    if gradient_ptr is not None:
+        tl.store(ptrs, (factor * load(ptrs, mask, DTYPE)).to(ptrs.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _rescale_tile(images, ptrs, factor, mask, DTYPE: tl.constexpr):
-    if images.drecon is not None:
-        _rescale(ptrs.drecon, factor, mask, DTYPE)
-    if images.dlog_scale is not None:
-        _rescale(ptrs.dlog_scale, factor, mask, DTYPE)
+    _rescale(images.drecon, ptrs.drecon, factor, mask, DTYPE)
+    _rescale(images.dlog_scale, ptrs.dlog_scale, factor, mask, DTYPE)
 
 
 @triton.jit
-def _held_factor(recon_weight, upstream, strides, coefficients, rows, geometry):
-    """What the gradient that the forward pass wrote has to be multiplied by, each row; 1 in rows outside."""
+def _held_factor(recon_weight, upstream, coefficients, rows, geometry):
+    """What the gradient that the forward pass wrote has to be multiplied by, for each row; 1 in rows outside."""
     mask = rows < geometry.n_rows
     factor = tl.zeros(rows.shape, geometry.dtype)
     if coefficients is not None:
         factor += load(coefficients.held + rows, mask, geometry.dtype)
     else:
         if upstream.loss is not None:
-            factor += load(upstream.loss + rows * strides.loss, mask, geometry.dtype)
+            factor += load(upstream.loss + rows * upstream.stride, mask, geometry.dtype)
         if upstream.recon is not None:
             written = unpack_f64(recon_weight, geometry.dtype)
-            factor += load(upstream.recon + rows * strides.recon, mask, geometry.dtype) / written
+            factor += load(upstream.recon + rows * upstream.stride, mask, geometry.dtype) / written
     return tl.where(mask, factor, 1.0)
 
 
@@ -90,29 +87,26 @@ def _scales_exactly(gradient_ptr, factor):
 
 @triton.jit
 def _image_program(
-    pid, images, likelihood, geometry, upstream, strides, recon_weight, recon_scale, coefficients, HELD: tl.constexpr
+    pid, images, likelihood, geometry, upstream, recon_weight, recon_scale, coefficients, RECON_GRAD_READY: tl.constexpr
 ):
     first_row, first_col, rows = tile_origin(pid, geometry)
     if coefficients is None:
+        dloss, dterm, stride = upstream.loss, upstream.recon, upstream.stride
         coefficient = _coefficient(
-            recon_weight,
-            recon_scale,
-            upstream.loss,
-            upstream.recon,
-            strides.loss,
-            strides.recon,
-            rows,
-            geometry.n_rows,
-            geometry.dtype,
+            recon_weight, recon_scale, dloss, dterm, stride, rows, geometry.n_rows, geometry.dtype
         )
     else:
         coefficient = load(coefficients.error + rows, rows < geometry.n_rows, geometry.dtype)
+    unweighed = 0.0
+    if images.weight is not None:
+        unweighed = coefficient
+        coefficient = load(coefficients.weighed + rows, rows < geometry.n_rows, geometry.dtype)
     n_steps = geometry.steps
     factor = coefficient
     exact = False
-    if HELD:
-        factor = _held_factor(recon_weight, upstream, strides, coefficients, rows, geometry)
-        # gradient 1: every row is as the forward pass left it
+    if RECON_GRAD_READY:
+        factor = _held_factor(recon_weight, upstream, coefficients, rows, geometry)
+        # upstream gradients of 1: what the forward pass wrote is right
         n_steps = tl.where(tl.sum((factor != 1.0).to(tl.int32)) == 0, 0, geometry.steps)
         exact = True
         if images.target is not None:
@@ -123,7 +117,7 @@ def _image_program(
         ptrs = image_pointers(images, geometry, rows, cols)
         whole = full_tile(first_row, first_col, geometry)
         if exact:
-            if HELD:
+            if RECON_GRAD_READY:
                 if whole:
                     _rescale_tile(images, ptrs, factor, None, geometry.dtype)
                 else:
@@ -131,52 +125,48 @@ def _image_program(
         elif images.target is None:  # recon is gone: its gradient took its place
             pass
         elif whole:
-            image_tile(images, ptrs, likelihood, coefficient, None, geometry.dtype)
+            image_tile(images, ptrs, likelihood, coefficient, unweighed, None, geometry.dtype)
         else:
-            image_tile(images, ptrs, likelihood, coefficient, mask, geometry.dtype)
+            image_tile(images, ptrs, likelihood, coefficient, unweighed, mask, geometry.dtype)
         first_col += geometry.block_cols
 
 
 @triton.jit
-def _latent_program(pid, latents, bounds, geometry, upstream, strides, beta, kl_scale, coefficients):
+def _latent_program(pid, latents, bounds, geometry, upstream, beta, kl_scale, coefficients):
     first_row, first_col, rows = tile_origin(pid, geometry)
     cols = first_col + tl.arange(0, geometry.block_cols)[None, :]
+    n_rows = geometry.n_rows
     of_free_bits = 0.0
     if coefficients is not None:
-        coefficient = load(coefficients.kl + rows, rows < geometry.n_rows, geometry.dtype)
+        coefficient = load(coefficients.kl + rows, rows < n_rows, geometry.dtype)
         if bounds.free_bits is not None:
-            of_free_bits = load(coefficients.free_bits + rows, rows < geometry.n_rows, geometry.dtype)
+            of_free_bits = load(coefficients.free_bits + rows, rows < n_rows, geometry.dtype)
     elif bounds.free_bits is None:
         coefficient = _coefficient(
-            beta, kl_scale, upstream.loss, upstream.kl, strides.loss, strides.kl, rows, geometry.n_rows, geometry.dtype
+            beta, kl_scale, upstream.loss, upstream.kl, upstream.stride, rows, n_rows, geometry.dtype
         )
     else:
-        coefficient = _coefficient(
-            beta, kl_scale, None, upstream.kl, strides.loss, strides.kl, rows, geometry.n_rows, geometry.dtype
-        )
-        of_free_bits = _coefficient(
-            beta, kl_scale, upstream.loss, None, strides.loss, strides.kl, rows, geometry.n_rows, geometry.dtype
-        )
+        coefficient = _coefficient(beta, kl_scale, None, upstream.kl, upstream.stride, rows, n_rows, geometry.dtype)
+        of_free_bits = _coefficient(beta, kl_scale, upstream.loss, None, upstream.stride, rows, n_rows, geometry.dtype)
     ptrs = latent_pointers(latents, geometry, rows, cols)
     if full_tile(first_row, first_col, geometry):
         latent_gradient_tile(latents, ptrs, bounds, coefficient, of_free_bits, None, geometry.dtype)
     else:
-        mask = (rows < geometry.n_rows) & (cols < geometry.n_cols)
+        mask = (rows < n_rows) & (cols < geometry.n_cols)
         latent_gradient_tile(latents, ptrs, bounds, coefficient, of_free_bits, mask, geometry.dtype)
 
 
 @triton.jit
-def _kl_program(pid, upstream, strides, beta, kl_scale, dkl_ptr, n_kl, BLOCK_SIZE: tl.constexpr, DTYPE: tl.constexpr):
+def _kl_program(pid, upstream, beta, kl_scale, dkl_ptr, n_kl, BLOCK_SIZE: tl.constexpr, DTYPE: tl.constexpr):
     rows = pid * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
-    dkl = _coefficient(beta, kl_scale, upstream.loss, upstream.kl, strides.loss, strides.kl, rows, n_kl, DTYPE)
+    dkl = _coefficient(beta, kl_scale, upstream.loss, upstream.kl, upstream.stride, rows, n_kl, DTYPE)
     tl.store(dkl_ptr + rows, dkl.to(dkl_ptr.dtype.element_ty), mask=rows < n_kl)
 
 
 @triton.jit(do_not_specialize=["recon_weight", "beta", "recon_scale", "kl_scale"])
 def _elbo_bwd_kernel(
     upstream,  # Upstream: pointers
-    upstream_strides,  # Upstream
-    coefficients,  # SampleCoefficients; None: upstream, numbers and scales tell them
+    coefficients,  # SampleCoefficients; None: computed from upstream, numbers and scales
     recon_weight,  # bits of a float64 or pointer, as is beta
     beta,
     recon_scale,  # bits of a float64, as is kl_scale
@@ -191,7 +181,7 @@ def _elbo_bwd_kernel(
     latent_programs,  # programs from here on have values of kl
     dkl_ptr,  # [n_kl], written; None: not wanted
     n_kl,
-    HELD: tl.constexpr,  # drecon and dlog_scale hold what the forward pass wrote
+    RECON_GRAD_READY: tl.constexpr,  # drecon and dlog_scale hold what the forward pass wrote
     KL_BLOCK: tl.constexpr,
     KL_DTYPE: tl.constexpr,
 ):
@@ -204,11 +194,10 @@ def _elbo_bwd_kernel(
                 likelihood,
                 image_geometry,
                 upstream,
-                upstream_strides,
                 recon_weight,
                 recon_scale,
                 coefficients,
-                HELD,
+                RECON_GRAD_READY,
             )
     elif pid < latent_programs:
         if latents.mu is not None:
@@ -218,14 +207,13 @@ def _elbo_bwd_kernel(
                 bounds,
                 latent_geometry,
                 upstream,
-                upstream_strides,
                 beta,
                 kl_scale,
                 coefficients,
             )
     elif dkl_ptr is not None:
         kl_pid = pid - latent_programs
-        _kl_program(kl_pid, upstream, upstream_strides, beta, kl_scale, dkl_ptr, n_kl, KL_BLOCK, KL_DTYPE)
+        _kl_program(kl_pid, upstream, beta, kl_scale, dkl_ptr, n_kl, KL_BLOCK, KL_DTYPE)
 
 
 def elbo_bwd(
@@ -249,42 +237,44 @@ def elbo_bwd(
             or where recon is gone.
     """
     recon, target, log_scale, extra_map, mu, logvar, prior_mu, prior_logvar, mask, kl_mask, _, *per_sample = tensors
-    drecon, dtarget, dlog_scale, dextra_map, dmu, dlogvar, dprior_mu, dprior_logvar, _, _, dkl, *by_sample = gradients
-    beta = recon_weight = None
-    coefficients = None
-    if plan.samples is not None:
-        buffers = Samples(*by_sample[:3])._replace(kl=dkl)
-        numbers_grad = ElboNumbers(*by_sample[3:])
-        with on_device(plan.device):
-            coefficients = sample_gradients(plan.samples, Samples(*per_sample), saved, upstream, buffers, numbers_grad)
-        dkl = None
-    else:
-        beta, recon_weight, _ = seen_numbers(plan, saved, numbers)
+    drecon, dtarget, dlog_scale, dextra_map, dmu, dlogvar, dprior_mu, dprior_logvar, _, _, dkl, *small = gradients
+    dloss, drecon_term, dkl_term = upstream
     no_image = drecon is None and dtarget is None and dlog_scale is None and dextra_map is None
     no_latent = dmu is None and dlogvar is None and dprior_mu is None and dprior_logvar is None
-    image_programs = 0 if no_image else plan.image_programs_bwd
-    latent_programs = image_programs + (0 if no_latent else plan.latent_programs_bwd)
-    programs = latent_programs + (0 if dkl is None else -(-plan.n_kl // _KL_BLOCK))
-    if not programs:
-        return gradients
-    recon = drecon if recon is None else recon
-    images, latents = _NO_IMAGES, _NO_LATENTS
-    if image_programs:
-        images = Images(recon, target, log_scale, mask, extra_map, drecon, dtarget, dlog_scale, dextra_map)
-    if latent_programs > image_programs:
-        latents = Latents(mu, logvar, prior_mu, prior_logvar, kl_mask, dmu, dlogvar, dprior_mu, dprior_logvar)
-    recon_scale, _, kl_scale = plan.factors
     with on_device(plan.device):
+        beta = recon_weight = weight_map = coefficients = None
+        if plan.sample_options is None:
+            beta, recon_weight, _ = pack_all(*(seen_numbers(plan, saved, numbers) if saved else numbers))
+        else:
+            # a gradient of the reconstruction term has no part in what the forward pass weighed and wrote
+            held = held and (per_sample[-1] is None or drecon_term is None)
+            if plan.weighs_elements:
+                *per_sample, weight_map = per_sample
+            buffers = Samples(small[0], small[1], small[2], small[3], small[4], dkl)
+            numbers_grad = ElboNumbers(*small[5:])
+            coefficients = sample_gradients(plan, Samples(*per_sample), saved, upstream, buffers, numbers_grad)
+            dkl = None
+        image_programs = 0 if no_image else plan.image_programs_bwd
+        latent_programs = image_programs + (0 if no_latent else plan.latent_programs_bwd)
+        programs = latent_programs + (0 if dkl is None else -(-plan.n_kl // _KL_BLOCK))
+        if not programs:
+            return gradients
+        recon = drecon if recon is None else recon
+        images, latents = _NO_IMAGES, _NO_LATENTS
+        if image_programs:
+            by_element = drecon, dtarget, dlog_scale, dextra_map
+            images = Images(recon, target, log_scale, mask, extra_map, weight_map, *by_element)
+        if latent_programs > image_programs:
+            latents = Latents(mu, logvar, prior_mu, prior_logvar, kl_mask, dmu, dlogvar, dprior_mu, dprior_logvar)
         _elbo_bwd_kernel.run(
             grid=(programs,),
             warmup=False,
-            upstream=Upstream(*upstream),
-            upstream_strides=_STRIDES[plan.shape != ()],
+            upstream=Upstream(dloss, drecon_term, dkl_term, int(plan.shape != ())),
             coefficients=coefficients,
-            recon_weight=pack_f64(recon_weight),
-            beta=pack_f64(beta),
-            recon_scale=recon_scale,
-            kl_scale=kl_scale,
+            recon_weight=recon_weight,
+            beta=beta,
+            recon_scale=plan.factors[0],
+            kl_scale=plan.factors[2],
             images=images,
             likelihood=plan.likelihood,
             image_geometry=plan.image_bwd,
@@ -295,24 +285,10 @@ def elbo_bwd(
             latent_programs=latent_programs,
             dkl_ptr=dkl,
             n_kl=plan.n_kl,
-            HELD=held,
+            RECON_GRAD_READY=held,
             KL_BLOCK=_KL_BLOCK,
             KL_DTYPE=plan.dkl_dtype,
             num_warps=NUM_WARPS,
             enable_fp_fusion=True,
         )
     return gradients
-
-
-def seen_numbers(plan: ElboPlan, saved: tuple[Tensor, ...], numbers: Sequence[Any]) -> Sequence[Any]:
-    """The numbers as the forward pass saw them: tensors may have changed since."""
-    if not saved:
-        return numbers
-    seen: tuple[Any, ...]
-    if plan.samples is None:
-        recon_weight, beta = saved[0].unbind()
-        seen = beta, recon_weight, None
-    else:
-        recon_weight, beta, capacity, *_ = saved[1].unbind()
-        seen = beta, recon_weight, capacity
-    return [s if isinstance(n, Tensor) else n for n, s in zip(numbers, seen, strict=True)]

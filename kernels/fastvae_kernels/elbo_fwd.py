@@ -11,43 +11,56 @@ import triton.language as tl
 from torch import Tensor
 
 from ._reduce import fold
-from ._tile import NUM_WARPS, full_tile, load, on_device, pack_f64, tile_origin, unpack_f64
-from .elbo_samples import sample_terms_fwd
+from ._tile import NUM_WARPS, full_tile, load, on_device, pack_all, tile_origin, unpack_f64
+from .elbo_samples_fwd import sample_terms_fwd
 from .images import Images, image_pointers, image_tile
 from .latents import Latents, apply_free_bits, kl_tile, latent_pointers
 from .plan import ElboPlan
-from .samples import Samples, error_factor
-from .types import ElboNumbers
+from .samples import ImagePartials, Samples, error_factor
 
-_NO_IMAGES, _NO_LATENTS = Images(), Latents()
+_NO_IMAGES, _NO_LATENTS, _NO_PARTIALS = Images(), Latents(), ImagePartials()
 _STRIDES: tuple[tuple[int, ...], ...] = (), (1,)  # of a scalar, and of one value per sample
 
 
 @triton.jit
-def _image_program(pid, images, likelihood, geometry, partials_ptr, count_partials_ptr, factor, samples, options):
+def _image_program(pid, images, likelihood, geometry, partials, factor, samples, options):
     first_row, first_col, rows = tile_origin(pid, geometry)
     row_factor = error_factor(
         samples, options, unpack_f64(factor, geometry.dtype), rows, rows < geometry.n_rows, geometry.dtype
     )
     errors = tl.zeros([geometry.block_rows, geometry.block_cols], geometry.dtype)
     counts = tl.zeros([geometry.block_rows, geometry.block_cols], geometry.dtype)
+    weighed = tl.zeros([geometry.block_rows, geometry.block_cols], geometry.dtype)
+    weights = tl.zeros([geometry.block_rows, geometry.block_cols], geometry.dtype)
     for _ in range(geometry.steps):
         cols = first_col + tl.arange(0, geometry.block_cols)[None, :]
         ptrs = image_pointers(images, geometry, rows, cols)
         if full_tile(first_row, first_col, geometry):
-            errors += image_tile(images, ptrs, likelihood, row_factor, None, geometry.dtype)
-            if count_partials_ptr is not None:
+            error, weight = image_tile(images, ptrs, likelihood, row_factor, 0.0, None, geometry.dtype)
+            if partials.counts is not None:
                 counts += load(ptrs.mask, None, geometry.dtype)
         else:
             mask = (rows < geometry.n_rows) & (cols < geometry.n_cols)
-            errors += image_tile(images, ptrs, likelihood, row_factor, mask, geometry.dtype)
-            if count_partials_ptr is not None:
+            error, weight = image_tile(images, ptrs, likelihood, row_factor, 0.0, mask, geometry.dtype)
+            if partials.counts is not None:
                 counts += load(ptrs.mask, mask, geometry.dtype)
+        errors += error
+        if images.weight is not None:
+            weighed += error * weight
+            weights += weight
         first_col += geometry.block_cols
     offsets = rows * geometry.n_col_programs + pid % geometry.n_col_programs
-    tl.store(partials_ptr + offsets, tl.sum(errors, axis=1)[:, None], mask=rows < geometry.n_rows)
-    if count_partials_ptr is not None:
-        tl.store(count_partials_ptr + offsets, tl.sum(counts, axis=1)[:, None], mask=rows < geometry.n_rows)
+    _store_sums(partials.errors, offsets, errors, rows < geometry.n_rows)
+    if partials.counts is not None:
+        _store_sums(partials.counts, offsets, counts, rows < geometry.n_rows)
+    if images.weight is not None:
+        _store_sums(partials.weighed, offsets, weighed, rows < geometry.n_rows)
+        _store_sums(partials.weights, offsets, weights, rows < geometry.n_rows)
+
+
+@triton.jit
+def _store_sums(ptr, offsets, values, mask):
+    tl.store(ptr + offsets, tl.sum(values, axis=1)[:, None], mask=mask)
 
 
 @triton.jit
@@ -83,8 +96,7 @@ def _elbo_fwd_kernel(
     factor,  # of the gradients that are written: bits of a float64
     samples,  # Samples that multiply it, or None
     sample_options,
-    recon_partials_ptr,  # [image_rows, image_col_programs], written
-    count_partials_ptr,  # the same, numbers of selected elements; None: not wanted
+    partials,  # ImagePartials, [image_rows, image_col_programs], written
     latents,  # Latents: pointers; no latents where mu is None
     bounds,  # Bounds
     latent_geometry,  # Geometry
@@ -99,8 +111,7 @@ def _elbo_fwd_kernel(
                 images,
                 likelihood,
                 image_geometry,
-                recon_partials_ptr,
-                count_partials_ptr,
+                partials,
                 factor,
                 samples,
                 sample_options,
@@ -164,23 +175,31 @@ def elbo_fwd(
     """
     recon, target, log_scale, extra_map, mu, logvar, prior_mu, prior_logvar, mask, kl_mask, kl, *per_sample = tensors
     beta, recon_weight, _ = numbers
-    recon_partials = count_partials = free_bits_partials = None
+    factor = 0.0 if drecon is None else plan.recon_scale * recon_weight
+    factor, recon_weight, beta = pack_all(factor, recon_weight, beta)
+    image_partials, free_bits_partials, weight_map = _NO_PARTIALS, None, None
     kl_partials = kl
     images, latents = _NO_IMAGES, _NO_LATENTS
+    if plan.weighs_elements:
+        *per_sample, weight_map = per_sample
     if plan.image_programs:
         recon_partials = torch.empty_strided(*plan.recon_partials, dtype=plan.recon_dtype, device=plan.device)
         count_partials = torch.empty_like(recon_partials) if plan.counts_mask else None
-        images = Images(recon, target, log_scale, mask, extra_map, drecon, None, dlog_scale)
+        image_partials = ImagePartials(recon_partials, count_partials)
+        if weight_map is not None:
+            weights = torch.empty_like(recon_partials), torch.empty_like(recon_partials)
+            image_partials = ImagePartials(recon_partials, count_partials, *weights)
+        images = Images(recon, target, log_scale, mask, extra_map, weight_map, drecon, None, dlog_scale)
     if plan.latent_programs:
         kl_partials = torch.empty_strided(*plan.kl_partials, dtype=plan.kl_dtype, device=plan.device)
         free_bits_partials = None if plan.bounds.free_bits is None else torch.empty_like(kl_partials)
         latents = Latents(mu, logvar, prior_mu, prior_logvar, kl_mask)
     loss = torch.empty_strided(plan.shape, _STRIDES[len(plan.shape)], dtype=plan.dtype, device=plan.device)
     recon_term, kl_term = torch.empty_like(loss), torch.empty_like(loss)
-    samples = None if plan.samples is None else Samples(*per_sample)
+    samples = None if plan.sample_options is None else Samples(*per_sample)
     with on_device(plan.device):
         if programs := plan.image_programs + plan.latent_programs:
-            # kernel[grid](...) comes to the same, but copies the keywords three times, which takes 4 us
+            # kernel[grid](...) does the same, but copies the keywords three times, which takes 4 us
             _elbo_fwd_kernel.run(
                 grid=(programs,),
                 warmup=False,
@@ -188,11 +207,10 @@ def elbo_fwd(
                 likelihood=plan.likelihood,
                 image_geometry=plan.image,
                 image_programs=plan.image_programs,
-                factor=0 if drecon is None else pack_f64(plan.recon_scale * recon_weight),
+                factor=factor,
                 samples=None if drecon is None else samples,
-                sample_options=None if plan.samples is None else plan.samples.options,
-                recon_partials_ptr=recon_partials,
-                count_partials_ptr=count_partials,
+                sample_options=plan.sample_options,
+                partials=image_partials,
                 latents=latents,
                 bounds=plan.bounds,
                 latent_geometry=plan.latent,
@@ -201,29 +219,16 @@ def elbo_fwd(
                 num_warps=NUM_WARPS,
                 enable_fp_fusion=True,
             )
-        if plan.samples is not None and samples is not None:
-            partials = recon_partials, count_partials, kl_partials, free_bits_partials
-            saved = sample_terms_fwd(plan.samples, partials, samples, ElboNumbers(*numbers), loss, recon_term, kl_term)
+        partials = image_partials, kl_partials, free_bits_partials
+        if samples is not None:
+            saved = sample_terms_fwd(plan, partials, samples, numbers, loss, recon_term, kl_term)
             return loss, recon_term, kl_term, saved
-        seen = None  # numbers that are tensors: these may change before the backward pass
-        if plan.has_number_tensors:
-            seen = torch.empty(2, dtype=plan.dtype, device=plan.device)
+        # values of numbers that are tensors, which may change before the backward pass
+        seen = torch.empty(2, dtype=plan.dtype, device=plan.device) if plan.has_number_tensors else None
         if plan.fold_programs:
-            _elbo_fold_kernel.run(
-                recon_partials,
-                kl_partials,
-                free_bits_partials,
-                loss,
-                recon_term,
-                kl_term,
-                seen,
-                *plan.factors,
-                pack_f64(recon_weight),
-                pack_f64(beta),
-                *plan.fold,
-                grid=(plan.fold_programs,),
-                warmup=False,
-                num_warps=NUM_WARPS,
-                enable_fp_fusion=True,
-            )
+            sums = image_partials.errors, kl_partials, free_bits_partials
+            results = loss, recon_term, kl_term, seen
+            arguments = *sums, *results, *plan.factors, recon_weight, beta, *plan.fold
+            grid = (plan.fold_programs,)
+            _elbo_fold_kernel.run(*arguments, grid=grid, warmup=False, num_warps=NUM_WARPS, enable_fp_fusion=True)
     return loss, recon_term, kl_term, () if seen is None else (seen,)

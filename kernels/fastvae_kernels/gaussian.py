@@ -25,9 +25,11 @@ def inside(logvar, low, high, gradient, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def exp(x, DTYPE: tl.constexpr):
-    """exp(x). In float32 by way of 2^x, whose instruction needs no guard against subnormal results: they become 0."""
-    return tl.exp(x) if DTYPE == tl.float64 else tl.exp2(x * 1.4426950408889634)
+def exp(x, DTYPE: tl.constexpr, F: tl.constexpr = 1.0):
+    """exp(F x). In float32 by way of 2^x, whose instruction needs no guard against subnormal results: they become
+    0. The compiler would not join the two factors.
+    """
+    return tl.exp(x * F) if DTYPE == tl.float64 else tl.exp2(x * (1.4426950408889634 * F))
 
 
 @triton.jit
@@ -49,12 +51,18 @@ def _exp_remainder_series(x, DTYPE: tl.constexpr):
         p = p * x + 0.16666666666666666
         p = p * x + 0.5
     else:
-        p = x * 1.99448744416e-4 + 1.39821860463e-3
-        p = p * x + 8.33323613352e-3
-        p = p * x + 4.166579123e-2
-        p = p * x + 0.166666668017
-        p = p * x + 0.500000012161
+        p = _remainder_polynomial(x)
     return p * (x * x)
+
+
+@triton.jit
+def _remainder_polynomial(x, F: tl.constexpr = 1.0):
+    """(exp(F x) - 1 - F x) / x^2 for |F x| < 1/2, minimax in float32."""
+    p = x * (1.99448744416e-4 * F**7) + 1.39821860463e-3 * F**6
+    p = p * x + 8.33323613352e-3 * F**5
+    p = p * x + 4.166579123e-2 * F**4
+    p = p * x + 0.166666668017 * F**3
+    return p * x + 0.500000012161 * F**2
 
 
 @triton.jit
@@ -68,6 +76,11 @@ def twice_kl_element(mu, logvar, sigma, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def expm1(x, DTYPE: tl.constexpr):
-    """exp(x) - 1 without cancellation near 0: twice the KL's derivative by logvar."""
-    return tl.where(tl.abs(x) < 0.5, _exp_remainder_series(x, DTYPE) + x, exp(x, DTYPE) - 1.0)
+def expm1(x, DTYPE: tl.constexpr, F: tl.constexpr = 1.0):
+    """exp(F x) - 1 without cancellation near 0: with F = 1, twice the KL's derivative by logvar."""
+    if DTYPE == tl.float64:
+        near = _exp_remainder_series(x * F, DTYPE) + x * F
+    else:
+        near = (_remainder_polynomial(x, F) * x + F) * x
+    bound: tl.constexpr = 0.5 / F if F > 0 else -0.5 / F
+    return tl.where(tl.abs(x) < bound, near, exp(x, DTYPE, F) - 1.0)

@@ -2,7 +2,8 @@
 once; where there are several ranges, a small launch merges them.
 
 Squares are summed of distances from a shift near the mean, each range's own: those of mu would cancel where the mean
-is large. Ranges are merged in float64.
+is large. Ranges are merged in float64. Numbers that are not finite make a sum not finite: only the ranges where that
+happened are read again, to count them.
 """
 
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from .gaussian import clamp, exp, twice_kl_element
 from .types import compute_dtype, meta_of
 
 _LINE_BYTES = 128  # of a cache: rows of a tile are as long where the latents are
-_TILE_BYTES = 4096
+_TILE_BYTES = 2048  # four warps of 32 threads with a 16-byte access each: sums of a few columns, and few registers
 _ENOUGH_PROGRAMS = 1024
 # tiles that a program takes: so many that partial sums are few, so few that float32 sums keep their digits
 _FEWEST_STEPS, _MOST_STEPS = 8, 64
@@ -34,8 +35,8 @@ class Split(NamedTuple):
     col_programs: int
 
 
-def _split(n_rows: int, n_cols: int, element_size: int, sum_size: int) -> Split:
-    elements = _TILE_BYTES // sum_size
+def _split(n_rows: int, n_cols: int, element_size: int) -> Split:
+    elements = _TILE_BYTES // element_size
     cols = min(triton.next_power_of_2(n_cols), _LINE_BYTES // element_size)
     rows = min(triton.next_power_of_2(n_rows), elements // cols)
     cols = min(triton.next_power_of_2(n_cols), elements // rows)
@@ -52,31 +53,45 @@ def _finite(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _add_tile(mu_ptrs, logvar_ptrs, mask, low, high, n_first_rows, stats, DTYPE: tl.constexpr):
-    """Add a tile to (shift, sums, squares, twice the KLs, nonfinite, clamped); n_first_rows: of the tile that sets the
-    shift, else 0.
-    """
-    shift, sums, squares, kls, nonfinite, clamped = stats
-    mu, logvar = load(mu_ptrs, mask, DTYPE), load(logvar_ptrs, mask, DTYPE)
-    if n_first_rows > 0:
-        mean = tl.sum(mu, axis=0)[None, :] / n_first_rows.to(DTYPE)
-        shift = tl.where(_finite(mean, DTYPE), mean, 0.0)
+def _load_tile(latents, rows, cols, mask, DTYPE: tl.constexpr):
+    mu_ptr, logvar_ptr, mu_strides, logvar_strides, sizes = latents
+    mu = load(mu_ptr + element_offsets(rows, cols, mu_strides, sizes), mask, DTYPE)
+    return mu, load(logvar_ptr + element_offsets(rows, cols, logvar_strides, sizes), mask, DTYPE)
+
+
+@triton.jit
+def _add_tile(mu, logvar, mask, low, high, shift, stats, DTYPE: tl.constexpr):
+    """Add a tile to (sums and squares of distances from the shift, twice the KLs, clamped, infinite)."""
+    sums, squares, kls, clamped, infinite = stats
     distance = mu - shift
-    nonfinite += tl.where(_finite(mu, DTYPE), 0, 1) + tl.where(_finite(logvar, DTYPE), 0, 1)
     if low is not None:
         outside = (logvar < unpack_f64(low, DTYPE)) | (logvar > unpack_f64(high, DTYPE))
         clamped += (outside if mask is None else outside & mask).to(tl.int32)
-    logvar = clamp(logvar, low, high, DTYPE)
-    kl = twice_kl_element(mu, logvar, exp(0.5 * logvar, DTYPE), DTYPE)
+        infinite += logvar * 0.0  # NaN if logvar is infinite, which the sum of clamped ones does not show
+        logvar = clamp(logvar, low, high, DTYPE)
+    kl = twice_kl_element(mu, logvar, exp(logvar, DTYPE, 0.5), DTYPE)
     if mask is not None:
         distance, kl = tl.where(mask, distance, 0.0), tl.where(mask, kl, 0.0)
-    return shift, sums + distance, squares + distance * distance, kls + kl, nonfinite, clamped
+    return sums + distance, squares + distance * distance, kls + kl, clamped, infinite
 
 
 @triton.jit
 def _total(sums):
     """Over the rows: [1, BLOCK_COLS]."""
     return tl.sum(sums, axis=0)[None, :]
+
+
+@triton.jit
+def _count_nonfinite(
+    latents, start, stop, cols, n_cols, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, DTYPE: tl.constexpr
+):
+    """How many numbers of a range are NaN or infinite, by column."""
+    count = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.int32)
+    for first_row in range(start, stop, BLOCK_ROWS):
+        rows = first_row + tl.arange(0, BLOCK_ROWS)[:, None]
+        mu, logvar = _load_tile(latents, rows, cols, (rows < stop) & (cols < n_cols), DTYPE)
+        count += tl.where(_finite(mu, DTYPE), 0, 1) + tl.where(_finite(logvar, DTYPE), 0, 1)
+    return _total(count)
 
 
 @triton.jit
@@ -119,6 +134,7 @@ def _latent_stats_kernel(
     DTYPE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
+    COUNT_ROWS: tl.constexpr,
 ):
     pid = tl.program_id(0).to(tl.int64)
     range_index = pid // n_col_programs
@@ -126,21 +142,33 @@ def _latent_stats_kernel(
     stop = tl.minimum(start + range_rows, n_rows)
     first_col = (pid % n_col_programs) * BLOCK_COLS
     cols = first_col + tl.arange(0, BLOCK_COLS)[None, :]
+    latents = mu_ptr, logvar_ptr, mu_strides, logvar_strides, sizes
     zeros = tl.zeros([BLOCK_ROWS, BLOCK_COLS], DTYPE)
-    counts = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.int32)
-    stats = (tl.zeros([1, BLOCK_COLS], DTYPE), zeros, zeros, zeros, counts, counts)
-    for first_row in range(start, stop, BLOCK_ROWS):
+    stats = (zeros, zeros, zeros, tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.int32), zeros)
+    rows = start + tl.arange(0, BLOCK_ROWS)[:, None]
+    mask = (rows < stop) & (cols < n_cols)
+    mu, logvar = _load_tile(latents, rows, cols, mask, DTYPE)
+    mean = tl.sum(mu, axis=0)[None, :] / tl.minimum(stop - start, BLOCK_ROWS).to(DTYPE)
+    shift = tl.where(_finite(mean, DTYPE), mean, 0.0)
+    stats = _add_tile(mu, logvar, mask, low, high, shift, stats, DTYPE)
+    second = start + BLOCK_ROWS
+    # to where no tile needs a mask
+    whole = tl.where(first_col + BLOCK_COLS <= n_cols, stop - (stop - start) % BLOCK_ROWS, second)
+    for first_row in range(second, whole, BLOCK_ROWS):
         rows = first_row + tl.arange(0, BLOCK_ROWS)[:, None]
-        mu_ptrs = mu_ptr + element_offsets(rows, cols, mu_strides, sizes)
-        logvar_ptrs = logvar_ptr + element_offsets(rows, cols, logvar_strides, sizes)
-        n_first_rows = tl.where(first_row == start, tl.minimum(stop - start, BLOCK_ROWS), 0)
-        if (first_row + BLOCK_ROWS <= stop) & (first_col + BLOCK_COLS <= n_cols):
-            stats = _add_tile(mu_ptrs, logvar_ptrs, None, low, high, n_first_rows, stats, DTYPE)
-        else:
-            mask = (rows < stop) & (cols < n_cols)
-            stats = _add_tile(mu_ptrs, logvar_ptrs, mask, low, high, n_first_rows, stats, DTYPE)
-    shift, sums, squares, kls, nonfinite, clamped = stats
-    totals = (shift, _total(sums), _total(squares), _total(kls), _total(nonfinite), _total(clamped))
+        mu, logvar = _load_tile(latents, rows, cols, None, DTYPE)
+        stats = _add_tile(mu, logvar, None, low, high, shift, stats, DTYPE)
+    for first_row in range(tl.maximum(second, whole), stop, BLOCK_ROWS):
+        rows = first_row + tl.arange(0, BLOCK_ROWS)[:, None]
+        mask = (rows < stop) & (cols < n_cols)
+        mu, logvar = _load_tile(latents, rows, cols, mask, DTYPE)
+        stats = _add_tile(mu, logvar, mask, low, high, shift, stats, DTYPE)
+    sums, squares, kls, clamped, infinite = stats
+    sums, squares, kls = _total(sums), _total(squares), _total(kls)
+    nonfinite = tl.zeros([1, BLOCK_COLS], tl.int32)
+    if tl.sum(tl.where(_finite(sums, DTYPE) & _finite(kls, DTYPE) & (_total(infinite) == 0), 0, 1)) > 0:
+        nonfinite = _count_nonfinite(latents, start, stop, cols, n_cols, COUNT_ROWS, BLOCK_COLS, DTYPE)
+    totals = (shift, sums, squares, kls, nonfinite, _total(clamped))
     if partials_ptr is None:
         _store_results(totals, results, cols, n_rows, n_cols, ACTIVE_VARIANCE)
     else:
@@ -198,7 +226,7 @@ def latent_stats(
         counts = mu.new_zeros(3, dtype=torch.int64)
         return *(result.fill_(torch.nan) for result in (kl, mean, variance)), *counts.unbind()
     at = layout((meta_of(mu), meta_of(logvar)), by_sample=True, c_order=True)
-    split = _split(at.n_rows, at.n_cols, mu.element_size(), dtype.itemsize)
+    split = _split(at.n_rows, at.n_cols, max(mu.element_size(), logvar.element_size()))
     whole = split.ranges == 1
     partials = None if whole else mu.new_empty(split.ranges, 6, at.n_cols, dtype=dtype)
     merge_ranges = min(triton.next_power_of_2(split.ranges), _MERGE_ELEMENTS // 8)
@@ -215,6 +243,7 @@ def latent_stats(
             DTYPE=triton_dtype(dtype),
             BLOCK_ROWS=split.block_rows,
             BLOCK_COLS=split.block_cols,
+            COUNT_ROWS=max(32 * NUM_WARPS // split.block_cols, 1),
             num_warps=NUM_WARPS,
             enable_fp_fusion=True,
         )

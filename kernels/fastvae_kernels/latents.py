@@ -11,7 +11,7 @@ from .types import ElboOptions
 
 
 class Latents(NamedTuple):
-    """Tensors, or strides, of one shape. None: not there, or not wanted."""
+    """Tensors of one shape, or their strides. None: not given, or not wanted."""
 
     mu: Any = None  # read, as are the next four
     logvar: Any = None
@@ -25,7 +25,7 @@ class Latents(NamedTuple):
 
 
 class Bounds(NamedTuple):
-    """Bits of float64s, or None where there is no such bound."""
+    """float64s packed by `pack_f64`, or None where there is no such bound."""
 
     low: Any  # of logvar
     high: Any
@@ -61,14 +61,14 @@ def _selected(latents, ptrs, values, mask):
 
 @triton.jit
 def kl_tile(latents, ptrs, bounds, mask, DTYPE: tl.constexpr):
-    """Twice the KL of each selected element, else 0. `latents` tells what there is, `ptrs` where."""
+    """Twice the KL of each selected element, else 0. `latents` has None for absent tensors, `ptrs` the addresses."""
     mu = load(ptrs.mu, mask, DTYPE)
     logvar = clamp(load(ptrs.logvar, mask, DTYPE), bounds.low, bounds.high, DTYPE)
-    if latents.prior_mu is not None:  # the posterior as its prior sees it
+    if latents.prior_mu is not None:  # the posterior standardized by its prior
         prior_logvar = load(ptrs.prior_logvar, mask, DTYPE)
-        mu = (mu - load(ptrs.prior_mu, mask, DTYPE)) * exp(-0.5 * prior_logvar, DTYPE)
+        mu = (mu - load(ptrs.prior_mu, mask, DTYPE)) * exp(prior_logvar, DTYPE, -0.5)
         logvar -= prior_logvar
-    kl = twice_kl_element(mu, logvar, exp(0.5 * logvar, DTYPE), DTYPE)
+    kl = twice_kl_element(mu, logvar, exp(logvar, DTYPE, 0.5), DTYPE)
     return _selected(latents, ptrs, kl, mask)
 
 
@@ -96,7 +96,7 @@ def latent_gradient_tile(latents, ptrs, bounds, coefficient, free_bits_coefficie
     selected = None if latents.mask is None else load(ptrs.mask, mask, tl.int1)
     if latents.prior_mu is not None:
         prior_logvar = load(ptrs.prior_logvar, mask, DTYPE)
-        precision = exp(-0.5 * prior_logvar, DTYPE)
+        precision = exp(prior_logvar, DTYPE, -0.5)
     # constexpr: a plain variable is a run-time value, under which no variable can be defined
     of_both: tl.constexpr = latents.dprior_logvar is not None or bounds.free_bits is not None
     if of_both or latents.dmu is not None or latents.dprior_mu is not None:
@@ -110,7 +110,7 @@ def latent_gradient_tile(latents, ptrs, bounds, coefficient, free_bits_coefficie
             logvar -= prior_logvar
         slope = expm1(logvar, DTYPE)
     if bounds.free_bits is not None:
-        kl = twice_kl_element(mu, logvar, exp(0.5 * logvar, DTYPE), DTYPE)
+        kl = twice_kl_element(mu, logvar, exp(logvar, DTYPE, 0.5), DTYPE)
         free_bits = 2.0 * unpack_f64(bounds.free_bits, DTYPE)
         # where both are equal, as torch.clamp's gradient
         below = kl < free_bits if bounds.keeps_free_bits else kl <= free_bits

@@ -24,10 +24,10 @@ def normal_pair(radius_word, angle_word):
     quarter turn, the other thirty, read as a signed fraction, the place in [-pi/4, pi/4) around it.
     """
     # u = 2^e (1 + m) with 1 + m in [sqrt(1/2), sqrt(2)); the first constant holds that bound's bits and 2^24's exponent
+    # e stays in the bits of the exponent, that is times 2^23: an instruction less, and the same result to the bit
     bits = ((radius_word >> 8).to(tl.int32).to(tl.float32) + 0.5).to(tl.int32, bitcast=True)
-    shifted = bits - (0x3F3504F3 + (24 << 23))
-    e = (shifted >> 23).to(tl.float32)
-    m = ((shifted & 0x007FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True) - 1.0
+    exponent = (bits - (0x3F3504F3 + (24 << 23))) & -0x00800000
+    m = (bits - exponent - (24 << 23)).to(tl.float32, bitcast=True) - 1.0
     # -2 log(1 + m) = (p m + 1) m^2 - 2 m
     p = m * -0.1407536716 + 0.2302922062
     p = p * m - 0.2335399748
@@ -38,7 +38,7 @@ def normal_pair(radius_word, angle_word):
     p = p * m + 0.4999998798
     p = p * m - 0.6666666234
     p = p * m + 1.0
-    r = tl.sqrt(e * -1.3862943611198906 + (p * (m * m) - 2.0 * m))
+    r = tl.sqrt(exponent.to(tl.float32) * -1.6525916589735634e-07 + (p * (m * m) - 2.0 * m))
 
     x = (angle_word << 2).to(tl.int32, bitcast=True).to(tl.float32) * 3.6572951981440e-10  # pi/4 * 2^-31
     x2 = x * x

@@ -1,14 +1,15 @@
-"""Everything about the launches of a loss that its tensors' shapes, strides, dtypes and options decide."""
+"""The launches of a loss, as far as shapes, strides, dtypes and options determine them."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ._reduce import fold_tile
-from ._tile import MAX_PROGRAMS as MAX_PROGRAMS_FWD
 from ._tile import ONE_TILE_EACH, Geometry, make_geometry, pack_f64, triton_dtype
 from .images import Images
 from .latents import Bounds, Latents, bounds_of
@@ -16,25 +17,11 @@ from .likelihoods import Likelihood, likelihood
 from .samples import SampleOptions, sample_options
 from .types import ElboNumbers, ElboOptions, ElboTensors, TensorMeta, compute_dtype, needs_sample_terms, recon_constant
 
-MAX_IMAGE_PROGRAMS_BWD = 1 << 10  # few, so that leaving at once costs next to nothing; each walks over its share
-
-
-class SamplePlan(NamedTuple):
-    """Launches that act on sums of samples."""
-
-    options: SampleOptions
-    normalizers: tuple[Any, Any]  # of recon and KL
-    mask_normalize: bool
-    element_free_bits: bool
-    batch_capacity: bool
-    per_sample: bool
-    fold_programs: int
-    fold: tuple[int, ...]  # n_rows to KL_COLS
-    n_rows: int
+MAX_IMAGE_PROGRAMS_BWD = 1 << 10  # few, so that returning at once costs next to nothing; each takes many tiles
 
 
 class ElboPlan(NamedTuple):
-    """Launches of both passes of one kind of call."""
+    """The launches of both passes, for calls with equal signatures."""
 
     device: torch.device
     image: Geometry  # of the forward pass
@@ -50,6 +37,7 @@ class ElboPlan(NamedTuple):
     recon_partials: tuple[tuple[int, int], tuple[int, int]]  # shape and strides
     recon_dtype: torch.dtype
     counts_mask: bool
+    weighs_elements: bool
     kl_partials: tuple[tuple[int, int], tuple[int, int]]
     kl_dtype: torch.dtype
     n_kl: int
@@ -61,7 +49,10 @@ class ElboPlan(NamedTuple):
     fold_programs: int
     fold: tuple[int, ...]  # n_rows to KL_COLS
     has_number_tensors: bool
-    samples: SamplePlan | None
+    sample_options: SampleOptions | None  # None: no option acts on samples, and the next three are not read
+    recon_normalizer: Any  # packed
+    mask_normalize: bool
+    batch_capacity: bool
 
 
 def plan_elbo(metas: ElboTensors, numbers: ElboNumbers, options: ElboOptions, writes_gradient: bool) -> ElboPlan:
@@ -76,9 +67,7 @@ def plan_elbo(metas: ElboTensors, numbers: ElboNumbers, options: ElboOptions, wr
     rows_are_samples = by_sample or options.per_sample
     gradients = ElboTensors(*(meta.like() if meta is not None and meta.requires_grad else None for meta in metas))
     written = gradients if writes_gradient else ElboTensors()
-    image = make_geometry(
-        _images(metas, written._replace(target=None, extra_map=None)), rows_are_samples, MAX_PROGRAMS_FWD
-    )
+    image = make_geometry(_images(metas, written._replace(target=None, extra_map=None)), rows_are_samples)
     latent = make_geometry(_latents(metas, ElboTensors()), rows_are_samples)
     image_bwd = make_geometry(_images(metas, gradients), rows_are_samples, MAX_IMAGE_PROGRAMS_BWD)
     latent_bwd = make_geometry(_latents(metas, gradients), rows_are_samples, ONE_TILE_EACH)
@@ -91,7 +80,6 @@ def plan_elbo(metas: ElboTensors, numbers: ElboNumbers, options: ElboOptions, wr
     tiles = fold_tile(n_rows, n_recon), fold_tile(n_rows, n_kl)
     block_rows = min(rows for rows, _ in tiles)
     fold = (n_rows, n_recon, n_kl, block_rows, tiles[0][1], tiles[1][1])
-    n_elements = 0 if metas.recon is None else math.prod(metas.recon.shape[1:])
     recon_scale = options.recon_normalizer * options.error_weight
     return ElboPlan(
         device=first.device,
@@ -106,8 +94,9 @@ def plan_elbo(metas: ElboTensors, numbers: ElboNumbers, options: ElboOptions, wr
         likelihood=None if metas.recon is None else likelihood(options.error, metas.recon, metas.target),
         bounds=bounds_of(options),
         recon_partials=((image.n_rows, image.n_col_programs), (image.n_col_programs, 1)),
-        recon_dtype=compute_dtype(metas.recon, metas.target, metas.log_scale, metas.extra_map),
+        recon_dtype=compute_dtype(*metas[:4], metas.weight_map),
         counts_mask=by_sample and metas.mask is not None,
+        weighs_elements=metas.weight_map is not None,
         kl_partials=((latent.n_rows, latent.n_col_programs), (latent.n_col_programs, 1)),
         kl_dtype=compute_dtype(*metas[4:8]),
         n_kl=0 if metas.kl is None else batch,
@@ -119,26 +108,29 @@ def plan_elbo(metas: ElboTensors, numbers: ElboNumbers, options: ElboOptions, wr
         fold_programs=triton.cdiv(n_rows, block_rows),
         fold=fold,
         has_number_tensors=any(isinstance(number, TensorMeta) for number in numbers),
-        samples=None
-        if not by_sample
-        else SamplePlan(
-            options=sample_options(
-                options, n_elements, metas.sample_log_scale is not None and not metas.sample_log_scale.shape
-            ),
-            normalizers=(pack_f64(options.recon_normalizer), pack_f64(options.kl_normalizer)),
-            mask_normalize=options.mask_normalize,
-            element_free_bits=options.element_free_bits is not None,
-            batch_capacity=options.capacity_mode == "batch",
-            per_sample=options.per_sample,
-            fold_programs=triton.cdiv(n_rows, block_rows),
-            fold=fold,
-            n_rows=n_rows,
-        ),
+        sample_options=sample_options(metas, options) if by_sample else None,
+        recon_normalizer=pack_f64(options.recon_normalizer),
+        mask_normalize=options.mask_normalize,
+        batch_capacity=options.capacity_mode == "batch",
     )
 
 
+def seen_numbers(plan: ElboPlan, saved: tuple[Tensor, ...], numbers: Sequence[Any]) -> Sequence[Any]:
+    """The numbers as the forward pass saw them: tensors may have changed since."""
+    if not saved:
+        return numbers
+    seen: tuple[Any, ...]
+    if plan.sample_options is None:
+        recon_weight, beta = saved[0].unbind()
+        seen = beta, recon_weight, None
+    else:
+        recon_weight, beta, capacity, *_ = saved[1].unbind()
+        seen = beta, recon_weight, capacity
+    return [s if isinstance(n, Tensor) else n for n, s in zip(numbers, seen, strict=True)]
+
+
 def _images(metas: ElboTensors, gradients: ElboTensors) -> Images:
-    inputs = metas.recon, metas.target, metas.log_scale, metas.mask, metas.extra_map
+    inputs = metas.recon, metas.target, metas.log_scale, metas.mask, metas.extra_map, metas.weight_map
     return Images(*inputs, gradients.recon, gradients.target, gradients.log_scale, gradients.extra_map)
 
 

@@ -2,7 +2,7 @@
 of reading it.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -10,31 +10,49 @@ import triton.language as tl
 from torch import Tensor
 
 from ._reduce import fold_rows
-from ._tile import (
-    NUM_WARPS,
-    ONE_TILE_EACH,
-    element_offsets,
-    layout,
-    load,
-    on_device,
-    pack_f64,
-    tile,
-    triton_dtype,
-)
+from ._tile import NUM_WARPS, element_offsets, load, on_device
 from .gaussian import clamp, exp, expm1, inside, twice_kl_element
-from .philox import elements_per_thread, philox_normal, tile_normals
-from .types import Clamp, PhiloxNoise, TensorMeta, compute_dtype
+from .philox import philox_normal, tile_normals
+from .reparam_kl_plan import Prior, ReparamKLPlan
+from .reparam_kl_plan import plan_reparam_kl as plan_reparam_kl
+from .types import Clamp, PhiloxNoise, compute_dtype
 
 
 @triton.jit
-def _sample_tile(mu_ptrs, logvar_ptrs, z_ptrs, noise, mask, low, high, WITH_KL: tl.constexpr, DTYPE: tl.constexpr):
+def _prior_offsets(prior, strides, rows, cols, sizes):
+    """Where a tile's elements of the prior lie; offsets of tensors that are None are not read."""
+    mu = element_offsets(rows, cols, strides.mu, sizes)
+    logvar = element_offsets(rows, cols, strides.logvar, sizes)
+    return Prior(
+        mu,
+        logvar,
+        mu if prior.dmu is None else element_offsets(rows, cols, strides.dmu, sizes),
+        mu if prior.dlogvar is None else element_offsets(rows, cols, strides.dlogvar, sizes),
+    )
+
+
+@triton.jit
+def _relative(mu, logvar, prior, at, mask, DTYPE: tl.constexpr):
+    """(mu - mu_p) / sigma_p, logvar - logvar_p, 1 / sigma_p: the posterior as its prior sees it."""
+    prior_logvar = load(prior.logvar + at.logvar, mask, DTYPE)
+    precision = exp(prior_logvar, DTYPE, -0.5)
+    return (mu - load(prior.mu + at.mu, mask, DTYPE)) * precision, logvar - prior_logvar, precision
+
+
+@triton.jit
+def _sample_tile(
+    mu_ptrs, logvar_ptrs, z_ptrs, prior, at, noise, mask, low, high, WITH_KL: tl.constexpr, DTYPE: tl.constexpr
+):
     """Store z; return twice the KL of each element (zeros if it is not asked for)."""
     mu = load(mu_ptrs, mask, DTYPE)
     logvar = clamp(load(logvar_ptrs, mask, DTYPE), low, high, DTYPE)
-    sigma = exp(0.5 * logvar, DTYPE)
+    sigma = exp(logvar, DTYPE, 0.5)
     tl.store(z_ptrs, (mu + sigma * noise).to(z_ptrs.dtype.element_ty), mask=mask)
     kl = tl.zeros(mu.shape, DTYPE)
     if WITH_KL:
+        if prior is not None:
+            mu, logvar, _ = _relative(mu, logvar, prior, at, mask, DTYPE)
+            sigma = exp(logvar, DTYPE, 0.5)
         kl = twice_kl_element(mu, logvar, sigma, DTYPE)
     # lanes outside hold mu = logvar = 0, whose KL is 0 unless a clamp moved that logvar
     return kl if mask is None else tl.where(mask, kl, 0.0)
@@ -46,6 +64,8 @@ def _reparam_kl_fwd_kernel(
     logvar_ptr,  # [n_rows, n_cols], read
     z_ptr,  # [n_rows, n_cols], written
     kl_ptr,  # [n_rows, n_col_programs], written: partial sums; None: no KL
+    prior,  # Prior, [n_rows, n_cols], read; None: N(0, I)
+    prior_strides,
     seed,  # int64, or pointer to one
     offset,  # of the first element in the seed's stream
     low,  # bounds of logvar as bits of a float64, or None
@@ -74,11 +94,12 @@ def _reparam_kl_fwd_kernel(
     mu_ptrs = mu_ptr + element_offsets(rows, cols, mu_strides, sizes)
     logvar_ptrs = logvar_ptr + element_offsets(rows, cols, logvar_strides, sizes)
     z_ptrs = z_ptr + element_offsets(rows, cols, z_strides, sizes)
+    at = None if prior is None else _prior_offsets(prior, prior_strides, rows, cols, sizes)
     if (first_row + BLOCK_ROWS <= n_rows) & (first_col + BLOCK_COLS <= n_cols):
-        kl = _sample_tile(mu_ptrs, logvar_ptrs, z_ptrs, noise, None, low, high, kl_ptr is not None, DTYPE)
+        kl = _sample_tile(mu_ptrs, logvar_ptrs, z_ptrs, prior, at, noise, None, low, high, kl_ptr is not None, DTYPE)
     else:
         mask = (rows < n_rows) & (cols < n_cols)
-        kl = _sample_tile(mu_ptrs, logvar_ptrs, z_ptrs, noise, mask, low, high, kl_ptr is not None, DTYPE)
+        kl = _sample_tile(mu_ptrs, logvar_ptrs, z_ptrs, prior, at, noise, mask, low, high, kl_ptr is not None, DTYPE)
     if kl_ptr is not None:
         sums = 0.5 * tl.sum(kl, axis=1)[:, None]
         tl.store(kl_ptr + rows * n_col_programs + col_program, sums, mask=rows < n_rows)
@@ -86,7 +107,7 @@ def _reparam_kl_fwd_kernel(
 
 @triton.jit
 def _gradient_tile(
-    mu_ptrs, logvar_ptrs, dz_ptrs, dkl, dmu_ptrs, dlogvar_ptrs, noise, mask, low, high, DTYPE: tl.constexpr
+    mu_ptrs, logvar_ptrs, dz_ptrs, dkl, dmu_ptrs, dlogvar_ptrs, prior, at, noise, mask, low, high, DTYPE: tl.constexpr
 ):
     """Store dmu and dlogvar; each of dz and dkl may be None, and what only its part needs is then not read."""
     raw_logvar = load(logvar_ptrs, mask, DTYPE)
@@ -96,10 +117,22 @@ def _gradient_tile(
     if dz_ptrs is not None:
         dz = load(dz_ptrs, mask, DTYPE)
         dmu += dz
-        dlogvar += dz * (exp(0.5 * logvar, DTYPE) * noise)
+        dlogvar += dz * (exp(logvar, DTYPE, 0.5) * noise)
     if dkl is not None:
-        dmu += dkl * load(mu_ptrs, mask, DTYPE)
-        dlogvar += dkl * expm1(logvar, DTYPE)
+        mu = load(mu_ptrs, mask, DTYPE)
+        if prior is None:
+            dmu += dkl * mu
+            dlogvar += dkl * expm1(logvar, DTYPE)
+        else:
+            mu, logvar, precision = _relative(mu, logvar, prior, at, mask, DTYPE)
+            of_mu, slope = dkl * mu * precision, expm1(logvar, DTYPE)
+            dmu += of_mu
+            dlogvar += dkl * slope
+            if prior.dmu is not None:
+                tl.store(prior.dmu + at.dmu, (-of_mu).to(prior.dmu.dtype.element_ty), mask=mask)
+            if prior.dlogvar is not None:
+                of_logvar = -0.5 * dkl * (mu * mu + slope)
+                tl.store(prior.dlogvar + at.dlogvar, of_logvar.to(prior.dlogvar.dtype.element_ty), mask=mask)
     dlogvar = inside(raw_logvar, low, high, 0.5 * dlogvar, DTYPE)
     if dmu_ptrs is not None:
         tl.store(dmu_ptrs, dmu.to(dmu_ptrs.dtype.element_ty), mask=mask)
@@ -115,6 +148,8 @@ def _reparam_kl_bwd_kernel(
     dkl_ptr,  # [n_rows] at dkl_stride, read; None: no gradient came
     dmu_ptr,  # [n_rows, n_cols], written; None: not wanted
     dlogvar_ptr,  # [n_rows, n_cols], written; None: not wanted
+    prior,  # Prior, [n_rows, n_cols], read and written; None: N(0, I)
+    prior_strides,
     seed,
     offset,
     low,
@@ -148,79 +183,25 @@ def _reparam_kl_bwd_kernel(
     dz_ptrs = None if dz_ptr is None else dz_ptr + element_offsets(rows, cols, dz_strides, sizes)
     dmu_ptrs = None if dmu_ptr is None else dmu_ptr + element_offsets(rows, cols, dmu_strides, sizes)
     dlogvar_ptrs = None if dlogvar_ptr is None else dlogvar_ptr + element_offsets(rows, cols, dlogvar_strides, sizes)
+    at = None if prior is None else _prior_offsets(prior, prior_strides, rows, cols, sizes)
     if (first_row + BLOCK_ROWS <= n_rows) & (first_col + BLOCK_COLS <= n_cols):
-        _gradient_tile(mu_ptrs, logvar_ptrs, dz_ptrs, dkl, dmu_ptrs, dlogvar_ptrs, noise, None, low, high, DTYPE)
+        _gradient_tile(
+            mu_ptrs, logvar_ptrs, dz_ptrs, dkl, dmu_ptrs, dlogvar_ptrs, prior, at, noise, None, low, high, DTYPE
+        )
     else:
         mask = (rows < n_rows) & (cols < n_cols)
-        _gradient_tile(mu_ptrs, logvar_ptrs, dz_ptrs, dkl, dmu_ptrs, dlogvar_ptrs, noise, mask, low, high, DTYPE)
-
-
-class _Pass(NamedTuple):
-    """One launch but for its tensors and its noise."""
-
-    programs: int
-    strides: tuple[Any, ...]  # of each tensor
-    shape: tuple[Any, ...]  # sizes, n_rows, n_cols, n_col_programs
-    elements_per_thread: int  # where the noise of the first element begins a counter
-    block_rows: int
-    block_cols: int
-
-
-class ReparamKLPlan(NamedTuple):
-    """Launches of both passes of one kind of call."""
-
-    device: torch.device
-    with_kl: bool
-    bounds: tuple[Any, Any]  # of logvar, packed
-    dtype: torch.dtype  # of arithmetic
-    triton_dtype: tl.dtype
-    forward: _Pass
-    backward: _Pass
-    partials: tuple[
-        tuple[int, ...], tuple[int, ...]
-    ]  # shape and strides of the partial sums of the KL; [n_rows] where they are the sums
-
-
-def plan_reparam_kl(
-    mu: TensorMeta,
-    logvar: TensorMeta,
-    z: TensorMeta,
-    dmu: TensorMeta,
-    dlogvar: TensorMeta,
-    logvar_clamp: Clamp | None,
-    with_kl: bool,
-) -> ReparamKLPlan:
-    """Plan the launches of a sample; dmu and dlogvar are gradient buffers."""
-    low, high = logvar_clamp or (None, None)
-    dtype = compute_dtype(mu, logvar)
-    forward = _plan_pass((mu, logvar, z), z.dtype.itemsize, with_kl)
-    n_rows, n_col_programs = forward.shape[1], forward.shape[3]
-    return ReparamKLPlan(
-        device=mu.device,
-        with_kl=with_kl,
-        bounds=(pack_f64(low), pack_f64(high)),
-        dtype=dtype,
-        triton_dtype=triton_dtype(dtype),
-        forward=forward,
-        backward=_plan_pass((mu, logvar, z, dmu, dlogvar), mu.dtype.itemsize, with_kl),
-        partials=((n_rows, n_col_programs), (n_col_programs, 1)) if n_col_programs > 1 else ((n_rows,), (1,)),
-    )
-
-
-def _plan_pass(tensors: tuple[TensorMeta, ...], element_size: int, by_sample: bool) -> _Pass:
-    if 0 in tensors[0].shape:
-        return _Pass(0, ((),) * len(tensors), (None, tensors[0].shape[0], 0, 1), 1, 1, 1)
-    n_rows, n_cols, sizes, strides = layout(tensors, by_sample=by_sample, c_order=True)
-    t = tile(n_rows, n_cols, element_size, max_programs=ONE_TILE_EACH, noise=True)
-    per_thread = elements_per_thread(element_size, 0 if n_rows == 1 else n_cols)
-    shape = sizes, n_rows, n_cols, t.col_programs
-    return _Pass(t.programs(n_rows), tuple(strides), shape, per_thread, t.rows, t.cols)
+        _gradient_tile(
+            mu_ptrs, logvar_ptrs, dz_ptrs, dkl, dmu_ptrs, dlogvar_ptrs, prior, at, noise, mask, low, high, DTYPE
+        )
 
 
 def reparam_kl_fwd(
-    plan: ReparamKLPlan, mu: Tensor, logvar: Tensor, noise: PhiloxNoise, z: Tensor
+    plan: ReparamKLPlan, mu: Tensor, logvar: Tensor, noise: PhiloxNoise, z: Tensor, prior: Sequence[Tensor] = ()
 ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
-    """Write z; return the KL of each sample (None unless the plan has it) and what the backward pass needs: nothing."""
+    """Write z; return the KL of each sample (None unless the plan has it) and what the backward pass needs: nothing.
+
+    prior: Its mu and logvar; none: N(0, I).
+    """
     at = plan.forward
     if not at.programs:
         return (mu.new_zeros(mu.shape[0], dtype=plan.dtype) if plan.with_kl else None), ()
@@ -231,6 +212,8 @@ def reparam_kl_fwd(
             logvar,
             z,
             partials,
+            Prior(*prior) if prior else None,
+            at.prior_strides,
             noise.seed,
             noise.offset,
             *plan.bounds,
@@ -248,7 +231,9 @@ def reparam_kl_fwd(
         return (partials if partials is None or partials.ndim == 1 else fold_rows(partials)), ()
 
 
-def recompute_saved(plan: ReparamKLPlan, mu: Tensor, logvar: Tensor, noise: PhiloxNoise) -> tuple[Tensor, ...]:
+def recompute_saved(
+    plan: ReparamKLPlan, mu: Tensor, logvar: Tensor, noise: PhiloxNoise, prior: Sequence[Tensor] = ()
+) -> tuple[Tensor, ...]:
     """What `reparam_kl_fwd` returns for the backward pass."""
     return ()
 
@@ -273,10 +258,13 @@ def reparam_kl_bwd(
     dmu: Tensor | None,
     dlogvar: Tensor | None,
     noise: PhiloxNoise,
+    prior: Sequence[Tensor] = (),
+    dprior: Sequence[Tensor | None] = (),
 ) -> None:
     """Write the gradients that are wanted: dmu = dz + dkl mu; dlogvar = (dz sigma noise + dkl expm1(logvar)) / 2.
 
-    dz has the strides of z.
+    With a prior, m = (mu - mu_p) / sigma_p and r = logvar - logvar_p, those of the KL are m / sigma_p, expm1(r) / 2,
+    -m / sigma_p and -(m^2 + expm1(r)) / 2. dz has the strides of z.
     """
     at = plan.backward
     if not at.programs:
@@ -289,6 +277,8 @@ def reparam_kl_bwd(
             dkl,
             dmu,
             dlogvar,
+            Prior(*prior, *dprior) if prior else None,
+            at.prior_strides,
             noise.seed,
             noise.offset,
             *plan.bounds,

@@ -49,6 +49,7 @@ class ErrorOptions(NamedTuple):
     parameter: float = 1.0
     target_scale: float = 1 / 255  # of a uint8 target, as is the shift
     target_shift: float = 0.0
+    extra_scale: float = 1.0  # on the extra error of each element
 
 
 class FreeBitsOptions(NamedTuple):
@@ -61,7 +62,7 @@ class FreeBitsOptions(NamedTuple):
 class ElboTensors(NamedTuple):
     """Inputs of a loss; a gradient buffer has the place of its input. None: not given, or not wanted.
 
-    Up to the masks they have one entry per element, from `kl` on one per sample, [B].
+    Up to the masks they have one entry per element, from `kl` on one per sample, [B], but for `recon_weights`.
     """
 
     recon: Any = None
@@ -78,6 +79,17 @@ class ElboTensors(NamedTuple):
     weight: Any = None  # of both terms
     extra: Any = None  # added to the error of each element of a sample
     sample_log_scale: Any = None  # [B], or 0-d for all samples
+    betas: Any = None  # of each sample, beside the number
+    recon_weights: Any = None  # the same for the reconstruction: [B], or a map in the shape of recon
+
+    @property
+    def weight_map(self) -> Any:
+        """`recon_weights` where these are one per element."""
+        weights = self.recon_weights
+        return None if weights is None or weights.ndim == 1 else weights
+
+
+_FIRST_OF_SAMPLES = ElboTensors._fields.index("weight")
 
 
 class ElboNumbers(NamedTuple):
@@ -95,7 +107,8 @@ class ElboOptions(NamedTuple):
 
     where s = `sample_log_scale` under its soft lower bound; the term is `recon_normalizer` times the sum over samples.
     The KL term is `kl_normalizer` times the sum of weight * KL. The loss is recon_weight * recon + beta * the KL term
-    after free bits and capacity.
+    after free bits and capacity. `recon_weights` and `betas` multiply the terms of each sample in the loss alone; a map
+    of weights multiplies the error of each element, and n becomes the sum of the selected weights.
     """
 
     error: ErrorOptions = ErrorOptions()
@@ -140,7 +153,7 @@ def compute_dtype(*tensors: object) -> torch.dtype:
 
 def needs_sample_terms(tensors: ElboTensors, numbers: ElboNumbers, options: ElboOptions) -> bool:
     """Whether an option acts on samples as a whole, or a number gets a gradient: then sums are kept per sample."""
-    if any(t is not None for t in (tensors.weight, tensors.extra, tensors.sample_log_scale, options.capacity_mode)):
+    if options.capacity_mode is not None or any(t is not None for t in tensors[_FIRST_OF_SAMPLES:]):
         return True
     if options.free_bits is not None and options.free_bits.mode == "sample":
         return True

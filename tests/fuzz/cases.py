@@ -70,7 +70,7 @@ class Draw(random.Random):
         setattr(self.x, name, tensor.requires_grad_(learned))
 
     def images(self, shape: tuple[int, ...]) -> None:
-        x, batch = self.x, shape[0]
+        x = self.x
         x.decoder = self.choice([None, None, "gaussian", "scaled"])
         x.error = "l2" if x.decoder == "gaussian" else self.choice(list(ERRORS))
         x.from_logits = x.error in ("l2", "l1") and self.often(0.2)
@@ -99,8 +99,15 @@ class Draw(random.Random):
 
         if x.decoder is not None:
             self.log_scale(shape, outside)
+        self.outside = outside
         if self.often(0.2):
-            self.put("extra", self.uniform((batch,)), outside)
+            self.put("extra", self.uniform(self.of_images(shape)), outside)
+
+    def of_images(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """A shape that broadcasts to that of images, or one value per sample."""
+        like = tuple(n if self.often(0.7) else 1 for n in shape)
+        per_sample = (shape[0], *[1] * self.choice([0, len(shape) - 1]))
+        return self.choice([per_sample, per_sample, shape, like, like[self.randrange(len(like)) :]])
 
     def log_scale(self, shape: tuple[int, ...], outside: Tensor | None) -> None:
         x, batch = self.x, shape[0]
@@ -150,9 +157,17 @@ class Draw(random.Random):
             x.capacity = nats, self.choice(modes)
 
     def weights(self) -> None:
+        x = self.x
+        batchwise = "dim_batch" in (x.free_bits or ()) or "batch" in (x.capacity or ())[1:]
         for name in ("beta", "recon_weight"):
             if self.often(0.3):
                 self.put(name, self.uniform((), 0.1, 2.0))
+            elif self.often(0.25) and not (name == "beta" and batchwise):
+                shape = x.recon.shape[:1] if name == "beta" else self.of_images(tuple(x.recon.shape))
+                self.put(name, self.uniform(shape, 0.1, 2.0), self.outside if name == "recon_weight" else None)
+                if x.error.startswith("bernoulli") and shape != x.recon.shape[:1]:
+                    # the gradient of each weight is an error as PyTorch computes it: it cancels where it is small
+                    setattr(x, name, getattr(x, name).detach())
             elif self.often(0.7):
                 value = self.choice([0.0, 1e-8, 1e37]) if self.often(0.3) else self.number()
                 setattr(self.x, name, float(np.float32(value)) if self.case.numpy_numbers else value)

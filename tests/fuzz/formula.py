@@ -52,11 +52,11 @@ class Loss:
     log_scale: Number | str = 0.0  # s: a number, [B], what broadcasts to recon, or "optimal": log of the mean error
     softclip: Number | None = None  # soft lower bound of s / 2
     full: bool = False  # with log 2 pi
-    extra: Tensor | None = None  # [B], part of the error of each element of the sample
+    extra: Tensor | None = None  # [B] or broadcasts to recon, part of the error of each element
     mask: Tensor | None = None  # broadcasts to recon; elements that it leaves out do not exist
     mask_normalize: bool = False  # divide by the number of elements in the mask
     recon_reduction: str = "batchmean"
-    recon_weight: Number = 1.0
+    recon_weight: Number = 1.0  # or [B], or what broadcasts to recon
 
     # the KL term
     mu: Tensor | None = None  # [B, ...]
@@ -68,7 +68,7 @@ class Loss:
     free_bits: tuple[Number, str] | None = None  # (nats, mode)
     capacity: tuple[Number, str] | None = None  # (nats, mode)
     kl_reduction: str = "batchmean"
-    beta: Number = 1.0
+    beta: Number = 1.0  # or [B]
 
     weight: Tensor | None = None  # [B], of both terms
 
@@ -77,10 +77,16 @@ class Loss:
 
 def terms(x: Loss) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, recon, kl)"""
-    recon = kl = regularised = torch.zeros((), dtype=torch.float64)
+    recon = weighed_recon = kl = regularised = torch.zeros((), dtype=torch.float64)
     if x.recon is not None:
-        elements, count = reconstruction_elements(x)
+        elements, mask, count = reconstruction_elements(x)
         recon = reduced(weighed(per_sample(elements), x.weight), x.recon_reduction, count)
+        weights = number(x.recon_weight)
+        if weights.ndim == 0:
+            weighed_recon = weights * recon
+        else:
+            weights = torch.where(mask, aligned(weights, elements), 0.0)
+            weighed_recon = reduced(weighed(per_sample(weights * elements), x.weight), x.recon_reduction, count)
     if x.mu is not None or x.kl is not None:
         k = kl_elements(x) if x.kl is None else x.kl
         batch, count = len(k), (k if x.mu is None else x.mu).numel()
@@ -88,8 +94,8 @@ def terms(x: Loss) -> tuple[Tensor, Tensor, Tensor]:
         nats = regularised_nats(x, k)
         if nats.ndim == 0:  # of the whole batch: every sample has as much
             nats = nats.expand(batch)
-        regularised = reduced(nats, x.kl_reduction, count)
-    return x.recon_weight * recon + x.beta * regularised, recon, kl
+        regularised = reduced(x.beta * nats, x.kl_reduction, count)
+    return weighed_recon + regularised, recon, kl
 
 
 def reduced(by_sample: Tensor, reduction: str, count: int | Tensor) -> Tensor:
@@ -114,8 +120,13 @@ def rows(by_sample: Tensor, like: Tensor) -> Tensor:
     return by_sample.reshape(-1, *[1] * (like.ndim - 1))
 
 
-def reconstruction_elements(x: Loss) -> tuple[Tensor, int | Tensor]:
-    """The term of each element, [B, ...], and what "mean" divides by."""
+def aligned(t: Tensor, like: Tensor) -> Tensor:
+    """[B] -> [B, 1, ...]; what broadcasts as it is."""
+    return rows(t, like) if t.shape == like.shape[:1] else t
+
+
+def reconstruction_elements(x: Loss) -> tuple[Tensor, Tensor, int | Tensor]:
+    """The term of each element, [B, ...], which are selected, and what "mean" divides by."""
     mask = torch.ones(x.recon.shape, dtype=torch.bool) if x.mask is None else x.mask.expand(x.recon.shape)
 
     def selected(t: Tensor, other: float = 0.0) -> Tensor:  # also if what is left out is NaN
@@ -128,16 +139,16 @@ def reconstruction_elements(x: Loss) -> tuple[Tensor, int | Tensor]:
     if isinstance(s, str):
         s = torch.log(selected(e).sum() / mask.sum())
     s = number(s)
-    s = selected(rows(s, e) if s.shape == e.shape[:1] else s)
+    s = selected(aligned(s, e))
     if x.softclip is not None:
         s = 2 * (x.softclip + F.softplus(s / 2 - x.softclip))
     if x.extra is not None:
-        e = e + selected(rows(x.extra, e))
+        e = e + selected(aligned(x.extra, e))
     if x.decoder is not None:
         e = x.rounded(e * torch.exp(-s)) + x.rounded(s) + (math.log(2 * math.pi) if x.full else 0.0)
     if x.decoder == "gaussian":
         e = e / 2
-    return selected(e), mask.sum() if x.mask_normalize else e.numel()
+    return selected(e), mask, mask.sum() if x.mask_normalize else e.numel()
 
 
 def number(value: Number) -> Tensor:
