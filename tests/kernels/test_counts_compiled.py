@@ -8,9 +8,9 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from . import test_counts
-from .helpers.executed import executed
-from .support.aot import DryRun, report
+from tests.helpers.aot import DryRun, report
+from tests.helpers.executed import executed
+from tests.ops import test_counts
 
 triton = pytest.importorskip("triton", reason="the kernels need Triton")
 tl = pytest.importorskip("triton.language", reason="the kernels need Triton")
