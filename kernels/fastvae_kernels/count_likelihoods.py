@@ -99,6 +99,10 @@ _LOG_REMAINDER = tl.constexpr(
 )
 
 
+# (atanh(f) - f) / f^3 by powers of f^2
+_ATANH = tl.constexpr((1 / 23, 1 / 21, 1 / 19, 1 / 17, 1 / 15, 1 / 13, 1 / 11, 1 / 9, 1 / 7, 1 / 5, 1 / 3))
+
+
 @triton.jit
 def _polynomial(x, COEFFICIENTS: tl.constexpr, DEGREE: tl.constexpr):
     p = x * COEFFICIENTS[0] + COEFFICIENTS[1]
@@ -144,12 +148,14 @@ def _log_ratio(u, q):
     q is u - 1 without the digits that u has lost, and counts where u is near 1.
     """
     if u.dtype == tl.float64:
-        near = tl.abs(q) < 0.25
-        rounded = tl.where(near, q, 0.0) + 1.0
-        # the rounding of 1 + q is divided out again
-        log1p = tl.where(rounded == 1.0, q, tl.log(rounded) * (q / tl.where(rounded == 1.0, 1.0, rounded - 1.0)))
-        logarithm = tl.where(near, log1p, tl.log(u))
-        remainder = logarithm - q
+        exponent = (u.to(tl.int64, bitcast=True) - 0x3FE70A3D70A3D70A) & -4503599627370496
+        near = exponent == 0
+        m = tl.where(near, q, u * (0x3FF0000000000000 - exponent).to(tl.float64, bitcast=True) - 1.0)
+        f = m / (m + 2.0)
+        # twice the series of the inverse hyperbolic tangent; tl.log has branches
+        log1p_m = _polynomial(f * f, _ATANH, 10) * (f * f) * f * 2.0 + f * 2.0
+        remainder = log1p_m - m
+        logarithm = exponent.to(tl.float64) * 1.5390959186233235e-16 + log1p_m
     else:
         exponent = (u.to(tl.int32, bitcast=True) - 0x3F3851EC) & -8388608  # brings u into [0.72, 1.44)
         near = exponent == 0
@@ -165,7 +171,7 @@ def _log(x):
     of x over what was guessed, which is within 3 % of 1. tl.log takes three times the instructions.
     """
     if x.dtype == tl.float64:
-        logarithm = tl.log(x)
+        logarithm, _, _ = _log_ratio(x, x - 1.0)
     else:
         guess = x.to(tl.int32, bitcast=True).to(tl.float32) * 1.1920928955078125e-07 - 126.95696433
         rest = x * tl.exp2(-guess) - 1.0
@@ -203,7 +209,7 @@ def exact_exp(x):
     if x.dtype == tl.float64:
         result = tl.exp(x)
     else:
-        power = tl.floor(x * 1.4426950408889634 + 0.5)
+        power = x * 1.4426950408889634 + 12582912.0 - 12582912.0  # rounded to an integer: floats there have no fraction
         rest = x - power * 0.693145751953125 - power * 1.428606765330187e-06
         result = tl.exp2(rest * 1.4426950408889634) * tl.exp2(power)
     return result
@@ -260,7 +266,8 @@ def nb(mu, excess, x, theta, constant, p_theta):
 @triton.jit
 def _softplus_and_sigmoid(x):
     small = exp(-tl.abs(x), x.dtype)
-    return log1p(small), tl.where(x < 0, small, 1.0) * _reciprocal(small + 1.0)
+    tail = _log_ratio(small + 1.0, small)[0] if x.dtype == tl.float64 else log1p(small)
+    return tail, tl.where(x < 0, small, 1.0) * _reciprocal(small + 1.0)
 
 
 @triton.jit
