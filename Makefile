@@ -15,7 +15,7 @@ SEED ?= 0
 BACKEND ?= torch
 
 .DEFAULT_GOAL := help
-.PHONY: help train test fuzz bench gpu kernels-report docs check format clean
+.PHONY: help train test test-oldest fuzz bench gpu kernels-report docs check format clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -39,6 +39,15 @@ test: check ## everything that CI runs
 	TRITON_INTERPRET=0 $(PYTEST) -n auto -m compiled
 	$(PYTEST) benchmarks --benchmark-disable
 
+# in an environment of its own; TORCH=torch==2.11.* for the oldest PyTorch too, whose wheel is a large one with CUDA
+OLDEST := $(VENV)-oldest
+test-oldest: ## the tests of ops and kernels with the oldest supported Triton, interpreted
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH) 'triton==3.6.*' 'numpy<2.4' \
+		pytest pytest-xdist hypothesis
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest --quiet -n auto -k triton \
+		-m "not gpu and not compiled" tests/ops tests/kernels
+
 fuzz: $(STAMP) ## compare N random losses with a formula in float64 (SEED, BACKEND=triton or torch)
 	$(BIN)/python -m tests.fuzz --cases $(N) --seed $(SEED) --backend $(BACKEND)
 
@@ -51,7 +60,7 @@ gpu: ## on a machine with a GPU: all GPU tests, then timings, into benchmarks/re
 	PYTHONPATH=.:kernels $(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu --part $(PART)
 
 kernels-report: $(STAMP) ## what each kernel moves and compiles to, as a table
-	$(BIN)/python -m tests.support.kernels_report
+	$(BIN)/python -m tests.helpers.kernels_report
 
 docs: $(STAMP) ## HTML pages of the public API from its docstrings, in build/docs
 	$(BIN)/pdoc --docformat google --output-directory build/docs fastvae '!.*\._'

@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from . import integrations, likelihoods, parametrizations, presets, regularizers, schedules
+from . import integrations, likelihoods, nn, parametrizations, presets, regularizers, schedules
 from ._backend import set_backend, use_backend
 from .capture import CapturedStep, capture_step
 from .distributions import DiagonalGaussian
@@ -20,6 +20,7 @@ from .input_checks import InputReport, check_inputs
 from .iwae import iwae_loss
 from .loss import VAELoss
 from .noise_state import NoiseState
+from .norms import group_norm_silu
 from .statistics import LatentStats, latent_stats
 
 if TYPE_CHECKING:
@@ -42,11 +43,13 @@ __all__ = [
     "data",
     "evaluation",
     "gaussian_kl",
+    "group_norm_silu",
     "integrations",
     "iwae_loss",
     "latent_stats",
     "likelihoods",
     "models",
+    "nn",
     "parametrizations",
     "philox_normal",
     "presets",

@@ -16,6 +16,7 @@ from ._dtypes import compute_dtype, in_dtype
 
 SCHEDULES = ("Linear", "Cosine", "Sigmoid", "Cyclical")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+SCHEDULES = ("Linear", "Cosine", "Sigmoid", "Cyclical")
 
 
 def names(dtypes: Iterable[torch.dtype]) -> str:

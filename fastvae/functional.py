@@ -10,8 +10,7 @@ from fastvae_kernels.types import Clamp, ElboNumbers, ElboTensors
 from . import _checks
 from ._batch_terms import elbo_with_batch_terms, needs_batch_terms
 from ._count_terms import elbo_of_counts
-from ._dtypes import compute_dtype
-from .likelihoods import SPECS, CountLikelihood, Likelihood, LikelihoodSpec, resolve_likelihood
+from .likelihoods import SPECS, CountLikelihood, Likelihood, LikelihoodSpec, extra_errors, resolve_likelihood
 from .ops._elbo_plan import LossSpec
 from .ops.elbo import elbo
 from .regularizers import Capacity, FreeBits
@@ -142,7 +141,7 @@ def reconstruction_loss(
     recon, target, likelihood_spec, log_scale, sample_log_scale = resolved
     tensors = ElboTensors(recon, target, log_scale, mask=mask, weight=weight, sample_log_scale=sample_log_scale)
     if extra is not None:
-        of_samples, of_elements = _extra(extra, recon, log_scale)
+        of_samples, of_elements = extra_errors(extra, recon, log_scale)
         tensors = tensors._replace(extra=of_samples, extra_map=of_elements)
     spec = LossSpec(likelihood_spec, _checks.reduction(reduction), reduction, one_pass=True)
     function = elbo_with_batch_terms if needs_batch_terms(spec) else elbo
@@ -281,7 +280,7 @@ def vae_loss(
     if type(recon_weight) is not float or not recon_weight >= 0:
         recon_weight, recon_weights = _checks.recon_weight(recon_weight, recon)
     if extra is not None:
-        extra, extra_map = _extra(extra, recon, log_scale)
+        extra, extra_map = extra_errors(extra, recon, log_scale)
     if logvar_clamp is not None:
         logvar_clamp = _checks.logvar_clamp(logvar_clamp)
     # in the order of LossSpec, ElboTensors and ElboNumbers
@@ -298,12 +297,3 @@ def vae_loss(
     if needs_batch_terms(spec):
         return VAELossTerms(*elbo_with_batch_terms(tensors, numbers, spec))
     return VAELossTerms(*elbo(tensors, numbers, spec))
-
-
-def _extra(extra: Tensor, recon: Tensor, log_scale: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """([B], None), or (None, a map in the shape of recon): always a map where each element has a scale of its own."""
-    of_samples, of_elements = _checks.per_sample_or_element("extra", extra, recon)
-    if of_samples is None or log_scale is None:
-        return of_samples, of_elements
-    wide = of_samples.to(compute_dtype(of_samples))  # its gradient is a sum, which is rounded once
-    return None, wide.reshape(-1, *[1] * (recon.ndim - 1)).expand(recon.shape)

@@ -215,6 +215,15 @@ def resolve_likelihood(
     return Resolved(recon, target, spec, log_scale)
 
 
+def extra_errors(extra: Tensor, recon: Tensor, log_scale: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """([B], None), or (None, a map in the shape of recon): always a map where each element has a scale of its own."""
+    of_samples, of_elements = _checks.per_sample_or_element("extra", extra, recon)
+    if of_samples is None or log_scale is None:
+        return of_samples, of_elements
+    wide = of_samples.to(compute_dtype(of_samples))  # its gradient is a sum, which is rounded once
+    return None, wide.reshape(-1, *[1] * (recon.ndim - 1)).expand(recon.shape)
+
+
 def resolve(likelihood: str | Likelihood) -> Elementwise | Gaussian | Scaled | CountLikelihood:
     """The likelihood of this name, the object itself, or `Custom` of a function.
 

@@ -24,7 +24,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _interpreter_rounds_like_a_gpu():
     if INTERPRETED:
         pytest.importorskip("triton", reason="the kernels need Triton")
-        from .support.interpreter import fix_bf16_rounding
+        from tests.helpers.interpreter import fix_bf16_rounding
 
         fix_bf16_rounding()
 

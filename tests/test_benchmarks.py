@@ -19,8 +19,7 @@ from benchmarks.providers import COMPILED, EAGER, FALLBACK, IN_PLACE, KERNELS, f
 from benchmarks.results import Results
 from benchmarks.train_step import check_step
 from benchmarks.truth import WrongResult
-
-from .support import inductor
+from tests.helpers import inductor
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -43,7 +42,7 @@ def _as_users_have_it(monkeypatch):
 )
 def test_bytes_of_torch_compile_on_a_gpu(op, precision, theirs, ours):
     """What the documentation says of both, per element of the image or latent, forward and backward."""
-    from .support.peers_report import SHAPE, cost
+    from tests.helpers.peers_report import SHAPE, cost
 
     case = OpCase(op, SHAPE, precision, BACKWARD)
     assert cost(case, COMPILED).bytes_per_element == pytest.approx(theirs, rel=0.01)

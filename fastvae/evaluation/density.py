@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 import fastvae
-from fastvae.likelihoods import L1, L2, Bernoulli, BernoulliProbs, Elementwise, Gaussian, Likelihood, Scaled
+from fastvae.likelihoods import L1, L2, Bernoulli, BernoulliProbs, Custom, Elementwise, Gaussian, Likelihood, Scaled
 
 # of the integral over distances, scale * sinh(u), whose steps grow with the distance
 _FURTHEST, _N_POINTS = 25.0, 100_001
@@ -31,7 +31,8 @@ class Density(NamedTuple):
         than the loss.
 
         "l2" is a Gaussian of variance 1/2, "l1" a Laplace of scale 1. The constant of a Gaussian does not depend on its
-        variance. Otherwise Z is integrated over all real x in float64.
+        variance. Otherwise Z is integrated over all real x in float64; of a likelihood that is a function, the constant
+        is unknown: NaN.
 
         Raises:
             ValueError: a `Scaled` with a scale of each sample or element, or of a Bernoulli likelihood.
@@ -43,6 +44,8 @@ class Density(NamedTuple):
             if isinstance(likelihood, Scaled):
                 raise ValueError("a Bernoulli likelihood with a scale is no probability. Choose another likelihood.")
             return cls(0.0, True)
+        if isinstance(base, Custom) or not isinstance(base, Elementwise):
+            return cls(math.nan, False)
         if not isinstance(likelihood, Scaled):
             return cls(_log_normalizer(of_means(base), 0.0), False)
         scale = torch.as_tensor(likelihood.log_scale, dtype=torch.float64, device="cpu")
@@ -73,18 +76,17 @@ def bits_per_dim(nll: float, dimensions: int, *, discrete: bool = False) -> floa
     return nll / (dimensions * math.log(2)) + (0.0 if discrete else 8.0)
 
 
-def of_means(likelihood: Likelihood) -> Elementwise:
+def of_means(likelihood: Likelihood) -> Likelihood:
     """The same error of an image's mean instead of its logits."""
     if isinstance(likelihood, Bernoulli):
         return BernoulliProbs()
     if isinstance(likelihood, L1 | L2):
         return replace(likelihood, from_logits=False)
-    assert isinstance(likelihood, Elementwise)
     return likelihood
 
 
 @lru_cache(maxsize=16)
-def _log_normalizer(base: Elementwise, log_scale: float) -> float:
+def _log_normalizer(base: Likelihood, log_scale: float) -> float:
     """Log of the integral of exp(-e(d) / exp(log_scale)) over all distances d."""
     u = torch.linspace(-_FURTHEST, _FURTHEST, _N_POINTS, dtype=torch.float64, device="cpu")
     scale = math.exp(log_scale)

@@ -1,4 +1,4 @@
-"""The figures of a run: into metrics.jsonl, and to its loggers as events."""
+"""The records of a run: written to metrics.jsonl, and reported as events."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 import fastvae
+from tests.helpers.interpreter import fix_bf16_rounding
 
-from ..support.interpreter import fix_bf16_rounding
 from . import formula
 from .calls import Case, call
 from .cases import case

@@ -14,9 +14,8 @@ import numpy as np
 import torch
 
 import fastvae
-from tests.support.aot import DryLaunch, DryRun
-
-from .ptx import execute, parse
+from tests.helpers.aot import DryLaunch, DryRun
+from tests.helpers.ptx import execute, parse
 
 
 @contextmanager

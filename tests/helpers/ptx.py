@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from .ptx_arithmetic import Array, Fault, Opcode, Unsupported
-from .ptx_memory import Memory
-from .ptx_steps import STEPS, WARP, elementwise
+from tests.helpers.ptx_arithmetic import Array, Fault, Opcode, Unsupported
+from tests.helpers.ptx_memory import Memory
+from tests.helpers.ptx_steps import STEPS, WARP, elementwise
 
 ALL = slice(None)
 Lanes = Array | slice  # numbers of the threads that take part, in order, or ALL

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from .ptx_arithmetic import Array, Fault
+from tests.helpers.ptx_arithmetic import Array, Fault
 
 NOBODY, SEVERAL = -1, -2  # in place of a thread
 

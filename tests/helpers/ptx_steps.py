@@ -5,7 +5,7 @@ Operands: ("register", name, type), ("constant", bits), ("name", text), ("vector
 
 import numpy as np
 
-from .ptx_arithmetic import DTYPES, Fault, Opcode, Unsupported, move, rule
+from tests.helpers.ptx_arithmetic import DTYPES, Fault, Opcode, Unsupported, move, rule
 
 WARP = 32
 
