@@ -6,7 +6,6 @@ pass scales the gradients or computes them again.
 
 from collections.abc import Callable
 from functools import lru_cache
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -23,7 +22,6 @@ from ..reference_counts import result_dtype
 from ._autograd import alias_inputs, gradients_through, materialize_grads
 
 _DIFFERENTIABLE = CountGrads._fields
-_BACKENDS = tuple(name for name, package in _backend._PACKAGES.items() if find_spec(f"{package}.counts"))
 
 
 class Plan(NamedTuple):
@@ -36,9 +34,8 @@ class Plan(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def _plan(
-    choice: str, options: CountOptions, metas: CountTensors, grad_enabled: bool, one_pass: bool
-) -> Plan:  # of whatever backend was asked for
+def _plan(choice: str, options: CountOptions, metas: CountTensors, grad_enabled: bool, one_pass: bool) -> Plan:
+    """The plan of a call; `choice`, the backend that was asked for, is a part of the cache key."""
     given = [meta for meta in metas if meta is not None]
     wanted = CountGrads(
         *(grad_enabled and getattr(metas, f) is not None and getattr(metas, f).requires_grad for f in _DIFFERENTIABLE)
@@ -46,7 +43,7 @@ def _plan(
     plain = all(meta.kind is Tensor or meta.kind is torch.nn.Parameter for meta in given)
     name = _backend.backend_of(metas.logits)
     # the fallback looks at values to decide what to compute, which costs nothing on a CPU alone
-    served = name in _BACKENDS and (name == "triton" or metas.logits.device.type == "cpu")
+    served = name == "triton" or metas.logits.device.type == "cpu"
     if not plain or not served or metas.counts.requires_grad:
         return Plan(None, None, wanted, False)
     backend = _backend.load_backend(name, "counts")
