@@ -185,8 +185,6 @@ def combine(
     capacity = 0.0 if numbers.capacity is None else in_dtype(numbers.capacity, dtype)
     if errors is None and kl is None:
         raise ValueError("a loss needs errors or a KL")
-    zero = torch.zeros_like(errors if kl is None else kl, dtype=dtype)  # type: ignore[arg-type]
-    zero = zero if options.per_sample else zero.sum()
     # once for all terms, so that their gradients are rounded once
     small = [t if t is None or t.ndim > 1 else t.to(dtype) for t in tensors[_FIRST_SMALL:]]
     tensors = ElboTensors(*tensors[:_FIRST_SMALL], *small)
@@ -195,7 +193,8 @@ def combine(
     def weighed(term: Tensor) -> Tensor:
         return term if weight is None else term * weight
 
-    recon = weighed_recon = zero
+    recon: Any = None
+    term: Any = None
     if errors is not None:
         recon = weighed_recon = _reconstruction(errors.to(dtype), n_selected, n_selected, tensors, options)
         if weighed_errors is not None:
@@ -210,7 +209,6 @@ def combine(
             factor = recon_normalizer(n_selected, options)
             recon, weighed_recon = _both(lambda t: t.sum() * factor, recon, weighed_recon)
 
-    term = regularized_term = zero
     if kl is not None:
         term = kl.to(dtype)
         regularized_term = term if regularized is None else regularized.to(dtype)
@@ -226,6 +224,10 @@ def combine(
         if options.capacity_mode == "batch":
             n_samples = (tensors.mu if tensors.kl is None else tensors.kl).shape[0]
             regularized_term = (regularized_term - capacity * (options.kl_normalizer * n_samples)).abs()
+    if recon is None:
+        recon = weighed_recon = torch.zeros_like(term)
+    if term is None:
+        term = regularized_term = torch.zeros_like(recon)
     loss = recon_weight * weighed_recon + beta * regularized_term
     return loss.to(dtype), recon.to(dtype), term.to(dtype)
 

@@ -22,6 +22,7 @@ from .._dtypes import in_dtype
 from .coefficients import host_value, per_row, rescale, scaled, scales_exactly, term_gradient
 from .gaussian import kl_gradients, kl_terms, sum_by_sample
 from .images import Coefficient, Images, sum_errors, sum_weighed_errors, write_gradients
+from .samples import FIRST_OF_SAMPLES, SampleGraph, SampleSums, has_closed_form, sample_graph
 
 
 class ElboPlan(NamedTuple):
@@ -29,34 +30,12 @@ class ElboPlan(NamedTuple):
 
     options: ElboOptions
     by_sample: bool  # options act on samples
+    needs_graph: bool  # the gradients of their terms are left to autograd
     dtype: torch.dtype
     recon_scale: float
     recon_constant: float
     batch: int
     device: torch.device
-    differentiable: bool
-
-
-class SampleGraph(NamedTuple):
-    """The terms of samples as a small graph of autograd, from the sums of samples to the outputs."""
-
-    inputs: tuple[Any, ...]  # errors, weighed errors, KL, KL under free bits, `ElboTensors` of samples, `ElboNumbers`
-    outputs: tuple[Tensor, Tensor, Tensor]
-
-    def backward(self, upstream: tuple[Tensor | None, ...]) -> tuple[list[Tensor | None], list[Tensor | None]]:
-        """Gradients of the sums and of the other inputs; None where there is none."""
-        used = [(o, u) for o, u in zip(self.outputs, upstream, strict=True) if u is not None and o.requires_grad]
-        asked = [t for t in self.inputs if isinstance(t, Tensor) and t.requires_grad]
-        found: dict[int, Tensor | None] = {}
-        if used and asked:
-            outputs, gradients = zip(*used, strict=True)
-            result = torch.autograd.grad(outputs, asked, gradients, retain_graph=True, allow_unused=True)
-            found = {id(t): g for t, g in zip(asked, result, strict=True)}
-        found_in_place = [found.get(id(t)) for t in self.inputs]
-        return found_in_place[:_N_SUMS], found_in_place[_N_SUMS:]
-
-
-_N_SUMS = 4
 
 
 Outputs = tuple[Tensor, Tensor, Tensor, tuple[Any, ...]]
@@ -65,15 +44,16 @@ Outputs = tuple[Tensor, Tensor, Tensor, tuple[Any, ...]]
 def plan_elbo(metas: ElboTensors, numbers: ElboNumbers, options: ElboOptions, writes_gradient: bool) -> ElboPlan:
     """See `fastvae_kernels.elbo`."""
     first = next(meta for meta in metas if meta is not None)
+    differentiable = any(meta.requires_grad for meta in (*metas, *numbers) if isinstance(meta, TensorMeta))
     return ElboPlan(
         options=options,
         by_sample=needs_sample_terms(metas, numbers, options),
+        needs_graph=differentiable and not has_closed_form(metas, numbers, options),
         dtype=compute_dtype(*metas, *numbers),
         recon_scale=options.recon_normalizer * options.error_weight,
         recon_constant=recon_constant(metas, options),
         batch=first.shape[0],
         device=first.device,
-        differentiable=any(meta.requires_grad for meta in (*metas, *numbers) if isinstance(meta, TensorMeta)),
     )
 
 
@@ -105,9 +85,7 @@ def elbo_fwd(
     loss = scaled(recon_term, recon_weight) + scaled(weighed, beta)
     loss, recon_term, kl_term = (_result(t, plan) for t in (loss, recon_term, kl_term))
     kl_term = kl_term.clone() if kl_term is tensors.kl else kl_term
-    # the values of tensors may change before the backward pass
-    seen = [n.clone() if isinstance(n, Tensor) else n for n in (beta, recon_weight)]
-    return loss, recon_term, kl_term, (*seen,)
+    return loss, recon_term, kl_term, (*_seen((beta, recon_weight)),)
 
 
 def _elbo_fwd_by_sample(
@@ -134,32 +112,20 @@ def _elbo_fwd_by_sample(
     kl = tensors.kl
     if kl is None and tensors.mu is not None:
         kl, regularized = kl_terms(tensors, options, plan.dtype)
-    small = *tensors[_FIRST_SMALL:], *numbers
-    with torch.set_grad_enabled(plan.differentiable):
-        sums = [
-            None if t is None else t.detach().requires_grad_(plan.differentiable)
-            for t in (errors, weighed, kl, regularized)
-        ]
-        leaves = [_leaf(t) if isinstance(t, Tensor) else t for t in small]
-        n_numbers = len(numbers)
-        outputs = reference.combine(
-            *(sums[0], n_selected, sums[2], sums[3]),
-            ElboTensors(*tensors[:_FIRST_SMALL], *leaves[:-n_numbers]),
-            ElboNumbers(*leaves[-n_numbers:]),
-            options,
-            None if sums[1] is None or n_weighed is None else (sums[1], n_weighed),
-        )
-    loss, recon_term, kl_term = (t.detach() for t in outputs)
-    return loss, recon_term, kl_term, (SampleGraph((*sums, *leaves), outputs),)
+    if plan.needs_graph:
+        sums = errors, weighed, kl, regularized
+        terms, graph = sample_graph(sums, n_selected, n_weighed, tensors, numbers, options)
+        return *terms, (graph,)
+    weighed_errors = None if weighed is None or n_weighed is None else (weighed, n_weighed)
+    terms = reference.combine(errors, n_selected, kl, regularized, tensors, numbers, options, weighed_errors)
+    loss, recon_term, kl_term = terms
+    kl_term = kl_term.clone() if kl_term is tensors.kl else kl_term
+    return loss, recon_term, kl_term, (SampleSums(n_selected, kl, regularized, _seen(numbers)),)
 
 
-def _leaf(tensor: Tensor) -> Tensor:
-    """The same values in a graph of their own; those of a number are copied, because a schedule may step it."""
-    leaf = tensor.detach()
-    return (leaf if leaf.ndim else leaf.clone()).requires_grad_(tensor.requires_grad)
-
-
-_FIRST_SMALL = ElboTensors._fields.index("weight")  # behind it are gradients of one value per sample, and of numbers
+def _seen(numbers: Sequence[Any]) -> Sequence[Coefficient]:
+    """Their values, which the caller may change before the backward pass."""
+    return [n.clone() if isinstance(n, Tensor) else n for n in map(host_value, numbers)]
 
 
 def elbo_bwd(
@@ -174,7 +140,7 @@ def elbo_bwd(
 ) -> Sequence[Tensor | None]:
     """See `fastvae_kernels.elbo`."""
     tensors, gradients = ElboTensors(*inputs), ElboTensors(*buffers[: len(ElboTensors._fields)])
-    small: Sequence[Tensor | None] = buffers[_FIRST_SMALL:]
+    small: Sequence[Tensor | None] = buffers[FIRST_OF_SAMPLES:]
     dloss, drecon_term, dkl_term = upstream
     options = plan.options
     factor: Coefficient = 1.0
@@ -182,8 +148,8 @@ def elbo_bwd(
     of_kl: Coefficient
     of_free_bits: Coefficient
     if plan.by_sample:
-        graph: SampleGraph = saved[0]
-        of_sums, small = graph.backward(upstream)
+        sums: SampleGraph | SampleSums = saved[0]
+        of_sums, small = sums.backward(tensors, options, upstream)
         of_error, of_weighed, of_kl, of_free_bits = (0.0 if gradient is None else gradient for gradient in of_sums)
         # a gradient of the reconstruction term has no part in what the forward pass weighed and wrote
         held = held and (tensors.recon_weights is None or drecon_term is None)
@@ -207,14 +173,13 @@ def elbo_bwd(
         like = tensors.logvar if tensors.logvar is not None else tensors.mu
         by_row = [per_row(c, like) for c in (of_kl, of_free_bits)]
         kl_gradients(tensors, gradients, by_row[0], by_row[1] if options.element_free_bits else None, options)
-    return (*gradients[:_FIRST_SMALL], *small)
+    return (*gradients[:FIRST_OF_SAMPLES], *small)
 
 
 def seen_numbers(plan: ElboPlan, saved: tuple[Any, ...], numbers: Sequence[Any]) -> Sequence[Any]:
     """See `fastvae_kernels.elbo`."""
     if plan.by_sample:
-        numbers = saved[0].inputs[-len(ElboNumbers._fields) :]
-        return [t.detach() if isinstance(t, Tensor) else t for t in numbers]
+        return [t.detach() if isinstance(t, Tensor) else t for t in saved[0].numbers]
     return (*saved, None)
 
 

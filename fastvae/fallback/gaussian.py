@@ -83,7 +83,7 @@ def kl_gradients(
     expm1 = torch.expm1(logvar)
     if free_bits_coefficient is not None and options.element_free_bits is not None:
         elements = torch.sub(expm1, logvar).addcmul_(mu, mu).mul_(0.5)
-        coefficient = coefficient + free_bits_coefficient * _passes(elements, options.element_free_bits).to(dtype)
+        coefficient = coefficient + free_bits_coefficient * passes(elements, options.element_free_bits).to(dtype)
     slope = mu if precision is None else mu * precision
     if gradients.mu is not None:
         torch.mul(slope, coefficient, out=gradients.mu)
@@ -111,6 +111,6 @@ def _relative(tensors: ElboTensors, options: ElboOptions, dtype: torch.dtype) ->
     return (mu - tensors.prior_mu.to(dtype)).mul_(precision), logvar - prior_logvar, precision
 
 
-def _passes(kl: Tensor, free_bits: FreeBitsOptions) -> Tensor:
+def passes(kl: Tensor, free_bits: FreeBitsOptions) -> Tensor:
     """1 where the KL is above its free bits, and so has a gradient; as torch.clamp's where both are equal."""
-    return ~(kl < free_bits.nats) if free_bits.mode == "dim" else ~(kl <= free_bits.nats)
+    return ~(kl <= free_bits.nats) if free_bits.mode == "dim_mask" else ~(kl < free_bits.nats)

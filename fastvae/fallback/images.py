@@ -52,12 +52,12 @@ class Images(NamedTuple):
 
 def sum_errors(images: Images, coefficient: Coefficient, options: ErrorOptions, *, per_sample: bool) -> Tensor:
     """Sum of the errors, 0-d or [B]; their gradients times `coefficient` are written in the same pass."""
-    dtype = images.dtype
-    images, coefficient = _with_rows(images, coefficient)
+    dtype, plain = images.dtype, _is_plain(images, options)
+    images, coefficient = _with_rows(images, coefficient * 2 if plain else coefficient)
     if images.drecon is not None and images.drecon.data_ptr() != images.recon.data_ptr():
         advise_huge_pages(images.drecon)
-    if _is_plain(images, options):
-        sums = _sum_squares(images, coefficient, options, per_sample=per_sample)
+    if plain:
+        sums = _sum_squares(images, dtype, coefficient, options, per_sample=per_sample)
     else:
         filler = _Filler(images, coefficient, options)
         add_up = sample_sums if per_sample else row_sums if images.recon.numel() > UNSPLIT else torch.sum
@@ -71,9 +71,10 @@ def sum_errors(images: Images, coefficient: Coefficient, options: ErrorOptions, 
     return torch.stack(sums).sum() if sums else images.recon.new_zeros((), dtype=dtype)
 
 
-def _sum_squares(images: Images, coefficient: Coefficient, options: ErrorOptions, *, per_sample: bool) -> list[Tensor]:
-    """What `sum_errors` does, for squared errors alone: their sums, to be joined."""
-    dtype = images.dtype
+def _sum_squares(
+    images: Images, dtype: torch.dtype, coefficient: Coefficient, options: ErrorOptions, *, per_sample: bool
+) -> list[Tensor]:
+    """What `sum_errors` does, for squared errors d^2 alone: sums to be joined; the coefficient is that of d^2 / 2."""
     in_place = images.drecon is not None and images.drecon.dtype == dtype
     # pieces differ with the number of threads, and so must not show in the sum: norms of short rows are joined first
     by_rows = not per_sample and images.recon.numel() > _PIECE
@@ -90,9 +91,7 @@ def _sum_squares(images: Images, coefficient: Coefficient, options: ErrorOptions
         else:
             sums.append(norms(difference) if by_rows else sum_of_squares(difference))
         if piece.drecon is not None:
-            difference.mul_(coefficient * 2) if piece.coefficient is None else difference.mul_(piece.coefficient).mul_(
-                2
-            )
+            difference.mul_(coefficient if piece.coefficient is None else piece.coefficient)
             if not in_place:
                 piece.drecon.copy_(difference)
     return [torch.cat(sums).square_().sum()] if by_rows else sums

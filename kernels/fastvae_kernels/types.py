@@ -147,8 +147,13 @@ class PhiloxNoise(NamedTuple):
 
 def compute_dtype(*tensors: object) -> torch.dtype:
     """Dtype of arithmetic, losses and KL: float64 if any tensor (or meta) is, else float32. Others decide nothing."""
-    wide = any(isinstance(t, Tensor | TensorMeta) and t.dtype == torch.float64 for t in tensors)
-    return torch.float64 if wide else torch.float32
+    for tensor in tensors:
+        if isinstance(tensor, _WITH_DTYPE) and tensor.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
+
+
+_WITH_DTYPE = (Tensor, TensorMeta)
 
 
 def needs_sample_terms(tensors: ElboTensors, numbers: ElboNumbers, options: ElboOptions) -> bool:
