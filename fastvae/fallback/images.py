@@ -121,7 +121,8 @@ def write_gradients(
     Where elements have weights the factor is weight * coefficient + unweighed.
     """
     images, coefficient = _with_rows(images, coefficient)
-    if images.weight is not None and isinstance(unweighed, Tensor):
+    if images.weight is not None and (isinstance(unweighed, Tensor) or unweighed != 0):
+        unweighed = torch.as_tensor(unweighed, dtype=images.dtype, device=images.recon.device)
         images = images._replace(unweighed=rows(unweighed, images.recon).expand(images.recon.shape))
     filler = _Filler(images, coefficient, options)
     for piece in _pieces(images, _BUFFERED_PIECE, per_sample=False):

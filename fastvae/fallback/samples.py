@@ -26,8 +26,7 @@ def has_closed_form(tensors: ElboTensors, numbers: ElboNumbers, options: ElboOpt
     return not (
         any(isinstance(t, TensorMeta) and t.requires_grad for t in others)
         or tensors.sample_log_scale is not None
-        or tensors.weight_map is not None
-        or options.capacity_mode == "batch"
+        or (tensors.weight_map is not None and tensors.extra is not None)
         or (tensors.mask is not None and any(t is not None for t in tensors[FIRST_OF_SAMPLES:]))
     )
 
@@ -50,17 +49,25 @@ class SampleSums(NamedTuple):
         weight = 1.0 if tensors.weight is None else tensors.weight.to(dtype)
 
         def gradient(dloss: Tensor | None, number: Any, by_sample: Tensor | None, dterm: Tensor | None) -> Coefficient:
+            if dloss is None and dterm is None:  # no product with weights, which may be infinite
+                return 0.0
             of_loss = term_gradient(dloss, number, None)
             if dloss is not None and by_sample is not None:
                 of_loss = of_loss * by_sample.to(dtype)
             return scaled(of_loss + term_gradient(None, 1.0, dterm), weight)
 
-        of_error = of_kl = of_free_bits = dextra = None
+        of_error = of_weighed = of_kl = of_free_bits = dextra = None
         if tensors.recon is not None:
-            of_error = gradient(dloss, recon_weight, tensors.recon_weights, drecon_term)
+            by_map = tensors.weight_map is not None
+            by_sample = None if by_map else tensors.recon_weights
+            of_error = gradient(None if by_map else dloss, recon_weight, by_sample, drecon_term)
             if not options.per_sample:
                 of_error = of_error * reference.recon_normalizer(self.n_selected, options)
-            if tensors.extra is not None and tensors.extra.requires_grad:
+            if by_map:
+                factor = options.recon_normalizer * options.error_weight
+                of_weighed = gradient(dloss, recon_weight, None, None) * factor
+            reached = dloss is not None or drecon_term is not None
+            if reached and tensors.extra is not None and tensors.extra.requires_grad:
                 dextra = _filled(tensors.extra, of_error * (options.extra_weight * self.n_selected))
             of_error = of_error * options.error_weight
         if self.kl is not None:
@@ -69,20 +76,29 @@ class SampleSums(NamedTuple):
             of_kl = gradient(None if has_free_bits else dloss, beta, betas, dkl_term) * options.kl_normalizer
             if has_free_bits:
                 of_free_bits = gradient(dloss, beta, betas, None) * options.kl_normalizer
-        return (of_error, None, of_kl, of_free_bits), (None, dextra, *_NO_OTHERS)
+        return (of_error, of_weighed, of_kl, of_free_bits), (None, dextra, *_NO_OTHERS)
 
     def _betas(self, tensors: ElboTensors, options: ElboOptions, dtype: torch.dtype) -> Tensor | None:
-        """Those of the samples, times the slopes of free bits and of the capacity of each."""
-        factors = [] if tensors.betas is None else [tensors.betas.to(dtype)]
+        """Those of the samples, times the slopes of free bits and of the capacity: [B], or 0-d for all."""
+        betas = None if tensors.betas is None else tensors.betas.to(dtype)
+        sample_free_bits = options.free_bits if options.element_free_bits is None else None
+        if sample_free_bits is None and options.capacity_mode is None:
+            return betas
         kl = self.kl if self.regularized is None else self.regularized
         assert kl is not None
         kl = kl.to(dtype)
-        if options.free_bits is not None and options.free_bits.mode == "sample":
-            factors.append(passes(kl, options.free_bits).to(dtype))
-            kl = reference.apply_free_bits(kl, options.free_bits)
+        slopes = [] if betas is None else [betas]
+        if sample_free_bits is not None:
+            slopes.append(passes(kl, sample_free_bits).to(dtype))
+            kl = reference.apply_free_bits(kl, sample_free_bits)
         if options.capacity_mode == "sample":
-            factors.append((kl - in_dtype(self.numbers[2], dtype)).sgn_())
-        return reduce(torch.mul, factors) if factors else None
+            slopes.append((kl - in_dtype(self.numbers[2], dtype)).sgn_())
+        elif options.capacity_mode == "batch":
+            weights = [t.to(dtype) for t in (betas, tensors.weight) if t is not None]
+            above = reduce(torch.mul, weights, kl).sum() * options.kl_normalizer
+            slopes.append((above - in_dtype(self.numbers[2], dtype) * (options.kl_normalizer * len(kl))).sgn_())
+        product: Tensor = reduce(torch.mul, slopes)
+        return product
 
 
 def _filled(like: Tensor, value: Coefficient) -> Tensor:

@@ -18,8 +18,7 @@ def sum_of_squares(values: Tensor) -> Tensor:
     is torch's cascaded one.
     """
     if values.is_contiguous() and values.numel() % ROW == 0:
-        of_rows: Tensor = torch.linalg.vector_norm(values.view(-1, ROW), dim=1)
-        return of_rows.square_().sum()
+        return norms(values).square_().sum()
     return values.square().sum()
 
 
@@ -27,20 +26,23 @@ def norms(values: Tensor) -> Tensor:
     """Of short rows in storage order, and of the rest."""
     short_rows, rest = _split(values)
     whole: Tensor = torch.linalg.vector_norm(short_rows, dim=1)
-    return torch.cat([whole, torch.linalg.vector_norm(rest).view(1)]) if len(rest) else whole
+    return whole if rest is None else torch.cat([whole, torch.linalg.vector_norm(rest).view(1)])
 
 
 def row_sums(values: Tensor) -> Tensor:
     """Of short rows in storage order, and of the rest."""
     short_rows, rest = _split(values)
-    return torch.cat([short_rows.sum(1), rest.sum().view(1)]) if len(rest) else short_rows.sum(1)
+    return short_rows.sum(1) if rest is None else torch.cat([short_rows.sum(1), rest.sum().view(1)])
 
 
-def _split(values: Tensor) -> tuple[Tensor, Tensor]:
+def _split(values: Tensor) -> tuple[Tensor, Tensor | None]:
     """Whole rows of `ROW` elements, and what remains."""
-    flat = values.as_strided((values.numel(),), (1,)) if is_dense(values) else values.reshape(-1)
-    whole = flat.numel() - flat.numel() % ROW
-    return flat[:whole].view(-1, ROW), flat[whole:]
+    n = values.numel()
+    whole = n - n % ROW
+    if whole == n and values.is_contiguous():  # one view instead of three slices
+        return values.view(-1, ROW), None
+    flat = values.as_strided((n,), (1,)) if is_dense(values) else values.reshape(-1)
+    return flat[:whole].view(-1, ROW), flat[whole:] if whole < n else None
 
 
 def sample_sums(buffer: Tensor) -> Tensor:
