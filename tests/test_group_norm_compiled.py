@@ -7,7 +7,10 @@ import pytest
 import torch
 
 import fastvae
+from tests.helpers.executed import executed
 from tests.support.aot import TARGETS, DryRun, report
+
+from .test_group_norm import check, make
 
 pytestmark = [pytest.mark.compiled, pytest.mark.usefixtures("kernels_for_tensors_anywhere")]
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -19,6 +22,7 @@ CASES = [
     *((shape, dtype, last) for shape in (GROUP, ODD) for dtype in (F32, BF16) for last in (False, True)),
     *((shape, dtype, True) for shape in (SPLIT, GROUP) for dtype in (F16, F64)),
     ((2, 512, 8, 8), F32, False),
+    *(((2, 512, 16, 32), dtype, last) for dtype in (F32, BF16) for last in (False, True)),
     (VIDEO, BF16, True),
 ]
 WHOLE = [case for case in CASES if case[0] in (LARGE, SPLIT) and case[1] != F64]
@@ -61,7 +65,7 @@ def test_registers_are_not_spilled(case):
 
 @pytest.mark.parametrize("target", [target for target in TARGETS if target != "sm_90"])
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("shape", [ODD, GROUP], ids=str)
+@pytest.mark.parametrize("shape", [ODD, GROUP, (2, 512, 16, 32)], ids=str)
 def test_other_targets(shape, last, target):
     for launch in launches((shape, BF16, last), target, residual=True):
         facts = report(launch.kernel)
@@ -114,3 +118,15 @@ def test_a_grid_covers_more_than_2_31_elements(last):
 )
 def test_launches(shape, names):
     assert [name_of(launch) for launch in launches((shape, BF16, True))] == names
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("group_bytes", [0, 1 << 15], ids=["split", "whole"])
+def test_compiled_code_executed_against_float64(group_bytes, dtype, last, monkeypatch):
+    monkeypatch.setattr("fastvae_kernels.group_norm._GROUP_BYTES", group_bytes)
+    for shape, groups in (((2, 8, 16, 16), 4), ((2, 12, 9, 5), 4)):
+        inputs = make(shape, dtype, channels_last=last, residual=shape[1] == 12)
+        with executed("sm_90") as done:
+            check(inputs, groups)
+        assert len(done) == (7 if group_bytes == 0 else 3)

@@ -19,7 +19,8 @@ from .types import compute_dtype
 _MOMENTS_BYTES, _SUMS_BYTES, _ELEMENTS_BYTES = 8192, 4096, 4096
 # tiles of a program; sums take theirs at once, as a loop there would need memory of its own
 _MOMENTS_STEPS, _SUMS_STEPS, _ELEMENTS_STEPS_LAST = 8, 4, 8
-_GROUP_BYTES = 32768  # of arithmetic, that registers hold: 32 floats of a thread
+# of arithmetic, that registers hold: 16 floats of a thread, of up to 16 warps
+_WARPS_BYTES, _GROUP_BYTES = 8192, 32768
 _MERGE_ELEMENTS = 1024
 
 
@@ -108,7 +109,10 @@ def group_norm_bwd(
 
 
 def _launch(kernel: Any, programs: int, *arguments: Any, num_warps: int = NUM_WARPS, **constants: Any) -> None:
-    kernel.run(*arguments, grid=(programs,), warmup=False, num_warps=num_warps, enable_fp_fusion=True, **constants)
+    # with fused operations, a sum of products across threads would be fma(a, b, theirs): each thread rounds its own
+    # product differently, and which of them writes the result is not defined
+    options = {"num_warps": num_warps, "enable_fp_fusion": False}
+    kernel.run(*arguments, grid=(programs,), warmup=False, **options, **constants)
 
 
 def _affine(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -140,5 +144,5 @@ def _whole_group(x: Tensor, groups: int, dtype: torch.dtype) -> dict[str, Any] |
         "WHOLE": elements == size * pixels,
         "CHANNELS": power_of_2(size),
         "PIXELS": power_of_2(pixels),
-        "num_warps": NUM_WARPS if 2 * elements * dtype.itemsize <= _GROUP_BYTES else 2 * NUM_WARPS,
+        "num_warps": NUM_WARPS * max(elements * dtype.itemsize // _WARPS_BYTES, 1),
     }
