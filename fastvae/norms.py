@@ -28,7 +28,7 @@ def group_norm_silu(
     float32, or in float64 for a float64 x, and y is rounded once.
 
     torch.compile, fake tensors, torch.func and second derivatives use the formula in plain PyTorch; tensors on a CPU
-    use aten's group normalization.
+    use aten's group normalization, and tensors on a GPU kernels whose sums are split by sizes alone, without atomics.
 
     Args:
         x: [N, C, ...], at least three dimensions; float64, float32, bfloat16 or float16. Contiguous and channels_last

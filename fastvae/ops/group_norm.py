@@ -8,7 +8,6 @@ from torch.autograd import forward_ad
 
 from .. import _backend, reference_norms
 from .._strides import with_strides
-from ..fallback import group_norm as fallback
 from ._autograd import alias_inputs, gradients_through, materialize_grads
 
 
@@ -23,10 +22,14 @@ def group_norm(
 ) -> Tensor:
     """The inputs are checked."""
     seen = _backend.needs_reference() or torch._C._are_functorch_transforms_active()
-    if seen or forward_ad._current_level >= 0 or x.numel() == 0 or x.device.type != "cpu":
+    if seen or forward_ad._current_level >= 0 or x.numel() == 0:
         return reference_norms.group_norm_silu(x, residual, weight, bias, *options)
+    name = _backend.backend_of(x)
+    if name == "torch" and x.device.type != "cpu":  # where aten loses the layout
+        return reference_norms.group_norm_silu(x, residual, weight, bias, *options)
+    backend = _backend.load_backend(name, "group_norm")
     y: Tensor
-    y, _ = GroupNormFunction.apply(fallback, options, x, residual, weight, bias)  # type: ignore[no-untyped-call]
+    y, _ = GroupNormFunction.apply(backend, options, x, residual, weight, bias)  # type: ignore[no-untyped-call]
     return y
 
 
