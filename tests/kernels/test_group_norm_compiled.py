@@ -7,10 +7,9 @@ import pytest
 import torch
 
 import fastvae
+from tests.helpers.aot import TARGETS, DryRun, report
 from tests.helpers.executed import executed
-from tests.support.aot import TARGETS, DryRun, report
-
-from .test_group_norm import check, make
+from tests.ops.test_group_norm import check, make
 
 pytestmark = [pytest.mark.compiled, pytest.mark.usefixtures("kernels_for_tensors_anywhere")]
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64

@@ -5,10 +5,9 @@ import pytest
 import torch
 
 import fastvae
-from tests.support.meter import Meter
-
-from .conftest import INTERPRETED
-from .test_group_norm import check, make
+from tests.conftest import INTERPRETED
+from tests.helpers.meter import Meter
+from tests.ops.test_group_norm import check, make
 
 pytestmark = [
     pytest.mark.skipif(not INTERPRETED, reason="needs a process with TRITON_INTERPRET=1 (see the Makefile)"),
