@@ -41,12 +41,14 @@ test: check ## everything that CI runs
 
 # in an environment of its own; TORCH=torch==2.11.* for the oldest PyTorch too, whose wheel is a large one with CUDA
 OLDEST := $(VENV)-oldest
+OLDEST_TESTS ?= $(addprefix tests/,$(addsuffix .py,$(addprefix ops/test_,elbo reparam_kl reparam_prior latent_stats \
+	weights masked_and_empty small_arguments counts_kernels noise_state) kernels/test_philox))
 test-oldest: ## the tests of ops and kernels with the oldest supported Triton, interpreted
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH) 'triton==3.6.*' 'numpy<2.4' \
 		pytest pytest-xdist hypothesis
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest --quiet -n auto -k triton \
-		-m "not gpu and not compiled" tests/ops tests/kernels
+		-m "not gpu and not compiled" $(OLDEST_TESTS)
 
 fuzz: $(STAMP) ## compare N random losses with a formula in float64 (SEED, BACKEND=triton or torch)
 	$(BIN)/python -m tests.fuzz --cases $(N) --seed $(SEED) --backend $(BACKEND)

@@ -148,7 +148,8 @@ def test_the_table_of_a_run_names_every_file(trained):
 
 
 def flags(command):
-    return {f"--{field.name.replace('_', '-')}" for field in fields(COMMANDS[command].options)}
+    names = [field.name.replace("_", "-") for field in fields(COMMANDS[command].options)]
+    return {f"--{prefix}{name}" for name in names for prefix in ("", "no-")}
 
 
 def check_command(line, *, whole):

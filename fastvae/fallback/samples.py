@@ -56,20 +56,19 @@ class SampleSums(NamedTuple):
                 of_loss = of_loss * by_sample.to(dtype)
             return scaled(of_loss + term_gradient(None, 1.0, dterm), weight)
 
-        of_error = of_weighed = of_kl = of_free_bits = dextra = None
-        if tensors.recon is not None:
-            by_map = tensors.weight_map is not None
-            by_sample = None if by_map else tensors.recon_weights
-            of_error = gradient(None if by_map else dloss, recon_weight, by_sample, drecon_term)
-            if not options.per_sample:
-                of_error = of_error * reference.recon_normalizer(self.n_selected, options)
-            if by_map:
-                factor = options.recon_normalizer * options.error_weight
-                of_weighed = gradient(dloss, recon_weight, None, None) * factor
-            reached = dloss is not None or drecon_term is not None
-            if reached and tensors.extra is not None and tensors.extra.requires_grad:
-                dextra = _filled(tensors.extra, of_error * (options.extra_weight * self.n_selected))
-            of_error = of_error * options.error_weight
+        of_weighed = of_kl = of_free_bits = dextra = None
+        by_map = tensors.weight_map is not None
+        by_sample = None if by_map else tensors.recon_weights
+        of_error = gradient(None if by_map else dloss, recon_weight, by_sample, drecon_term)
+        if not options.per_sample:
+            of_error = of_error * reference.recon_normalizer(self.n_selected, options)
+        if by_map:
+            factor = options.recon_normalizer * options.error_weight
+            of_weighed = gradient(dloss, recon_weight, None, None) * factor
+        reached = dloss is not None or drecon_term is not None
+        if reached and tensors.extra is not None and tensors.extra.requires_grad:
+            dextra = _filled(tensors.extra, of_error * (options.extra_weight * self.n_selected))
+        of_error = of_error * options.error_weight
         if self.kl is not None:
             has_free_bits = self.regularized is not None  # of each element
             betas = None if dloss is None else self._betas(tensors, options, dtype)

@@ -1,6 +1,8 @@
 """Weights and config of a model in a directory: safetensors and JSON, no pickle, never half a file."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -104,12 +106,24 @@ def read_files(
     config = read_json_object(directory / CONFIG)
     path = directory / weights
     try:
-        with safetensors.safe_open(path, framework="pt", device=str(device)) as file:
+        with _opened(path) as name, safetensors.safe_open(name, framework="pt", device=str(device)) as file:
             metadata = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is damaged or not a safetensors file ({error}). Copy or save it again.") from error
     return config, state, metadata
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[str]:
+    """A name of the file that safetensors takes: it wants UTF-8, which a name on Linux need not be."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        with path.open("rb") as file:
+            yield f"/proc/self/fd/{file.fileno()}"
+    else:
+        yield str(path)
 
 
 def _safetensors() -> Any:

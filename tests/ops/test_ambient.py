@@ -64,7 +64,7 @@ from tests.helpers.ambient import STATES
 
 torch.use_deterministic_algorithms(True)
 with STATES[{state!r}]():
-    from tests.test_ambient import fastvae, results
+    from tests.ops.test_ambient import fastvae, results
     with fastvae.use_backend({backend!r}), torch.inference_mode(False):
         within = results()
 with fastvae.use_backend({backend!r}):

@@ -149,7 +149,7 @@ MISTAKES = {
     "another shape": ({"likelihood": lambda x, t: x.flatten(1)}, ValueError, r"of shape \(3, 2, 4, 9\)"),
     "no tensor": ({"likelihood": lambda x, t: 0.5}, TypeError, "floating point tensor; <lambda> returned float"),
     "whole numbers": ({"likelihood": lambda x, t: (x > t).long()}, TypeError, r"returned torch\.int64"),
-    "a class": ({"likelihood": L1}, TypeError, r"got the class L1\. Pass L1\(\.\.\.\)"),
+    "a class": ({"likelihood": L1}, TypeError, r"got the class L1, not an object of it\. Pass L1\(\.\.\.\)"),
     "in place": ({"likelihood": squared, "inplace": True}, ValueError, "got a function"),
 }
 

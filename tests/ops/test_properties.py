@@ -338,7 +338,7 @@ def far_from_a_kink(p, tensors):
         k = by_sample = t["kl"]
     else:
         prior = (t["prior_mu"], t["prior_logvar"]) if p.prior else None
-        k = loss_truth._kl(t["mu"], t["logvar"], prior, CLAMP if p.clamp else None)
+        k = loss_truth.kl_elements(t["mu"], t["logvar"], prior, CLAMP if p.clamp else None)
         by_sample = oracle.per_sample(k)
     places = {
         "dim": k,

@@ -226,3 +226,27 @@ def test_the_images_are_read_and_written_once(option, bytes_read):
         fastvae.vae_loss(recon, target, kl=kl, **{name: tensor}).loss.backward()
     expected = (12 + bytes_read) * recon.numel()
     assert abs(meter.total - expected) < 0.02 * expected, meter.table()
+
+
+IN_PLACE = {
+    "extra": lambda: {"extra": torch.rand(5, requires_grad=True)},
+    "weight": lambda: {"weight": torch.rand(5, requires_grad=True)},
+    "recon_weight": lambda: {"recon_weight": torch.rand(5)},
+    "capacity": lambda: {"extra": torch.rand(5, requires_grad=True), "capacity": Capacity(1.0, "batch")},
+}
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_in_place_gives_the_same_gradients(backend, name):
+    """recon is gone when the gradients of the other inputs are computed."""
+    options = IN_PLACE[name]()
+    recon, target, kl = torch.rand(5, 7), torch.rand(5, 7), torch.rand(5, requires_grad=True)
+    asked = [kl, *(t for t in options.values() if isinstance(t, torch.Tensor) and t.requires_grad)]
+
+    def gradients(inplace):
+        leaf = recon.clone().requires_grad_()
+        terms = fastvae.vae_loss(leaf * 1.0, target, kl=kl, inplace=inplace, **options)
+        return torch.autograd.grad(terms.loss, [leaf, *asked])
+
+    for found, expected in zip(gradients(inplace=True), gradients(inplace=False), strict=True):
+        torch.testing.assert_close(found, expected)

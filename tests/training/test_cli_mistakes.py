@@ -189,7 +189,7 @@ def with_value(name, value):
         ("sample", "model/config.json", with_value("hidden", "8"), "model/config.json: hidden must be"),
         ("sample", "model/config.json", lambda p: p.write_text("[NaN]"), "model/config.json is not valid JSON"),
         ("report", "metrics.jsonl", lambda p: p.write_text('{"loss": 1}\n'), "metrics.jsonl, line 1, must hold a step"),
-        ("train", "checkpoint.pt", lambda p: torch.save({}, p), "checkpoint.pt is not a"),
+        ("train", "checkpoint.pt", lambda p: torch.save({}, p), "checkpoint.pt is damaged"),
         ("train", "checkpoint.pt", lambda p: p.write_bytes(b"PK" + p.read_bytes()), "checkpoint.pt is damaged"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
