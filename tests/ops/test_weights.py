@@ -231,7 +231,7 @@ def test_the_images_are_read_and_written_once(option, bytes_read):
 IN_PLACE = {
     "extra": lambda: {"extra": torch.rand(5, requires_grad=True)},
     "weight": lambda: {"weight": torch.rand(5, requires_grad=True)},
-    "recon_weight": lambda: {"recon_weight": torch.rand(5)},
+    "beta": lambda: {"beta": torch.rand(5, requires_grad=True)},
     "capacity": lambda: {"extra": torch.rand(5, requires_grad=True), "capacity": Capacity(1.0, "batch")},
 }
 
