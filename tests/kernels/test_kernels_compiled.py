@@ -109,7 +109,8 @@ def main_reports(case, target):
 @over(MATRIX)
 def test_registers_are_not_spilled(case, target):
     for facts in reports(case, target):
-        assert (facts.spill_stores, facts.spill_loads, facts.stack) == (0, 0, 0), facts.kernel.metadata.name
+        assert (facts.spill_stores, facts.spill_loads) == (0, 0), facts.kernel.metadata.name
+        assert facts.stack <= 8, facts.kernel.metadata.name  # of one case on sm_100, where nothing is spilled to it
 
 
 def rows_are_aligned(case):
