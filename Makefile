@@ -42,7 +42,7 @@ test: check ## everything that CI runs
 # in an environment of its own; TORCH=torch==2.11.* for the oldest PyTorch too, whose wheel is a large one with CUDA
 OLDEST := $(VENV)-oldest
 OLDEST_TESTS ?= $(addprefix tests/,$(addsuffix .py,$(addprefix ops/test_,elbo reparam_kl reparam_prior latent_stats \
-	weights masked_and_empty small_arguments counts_kernels noise_state) kernels/test_philox))
+	weights masked_and_empty small_arguments noise_state) $(addprefix kernels/test_,philox counts_kernels)))
 test-oldest: ## the tests of ops and kernels with the oldest supported Triton, interpreted
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH) 'triton==3.6.*' 'numpy<2.4' \
