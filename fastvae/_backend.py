@@ -15,6 +15,7 @@ import torch
 Backend = Literal["auto", "triton", "torch"]
 BACKENDS = get_args(Backend)
 
+PLAIN = torch.Tensor, torch.nn.Parameter  # a tensor of another class must see each operation
 _PACKAGES = {"triton": "fastvae_kernels", "torch": "fastvae.fallback"}
 # set_backend is for the whole process, threads of the autograd engine included; use_backend for one context
 _process_choice: str | None = None

@@ -16,7 +16,6 @@ from .ops import _library
 from .ops._autograd import direct_apply
 from .ops.reparam_kl import Noise, ReparamKLFunction, plan
 
-_PLAIN = Tensor, torch.nn.Parameter  # a subclass must see the ops
 _apply = direct_apply(ReparamKLFunction)
 
 # devices on which a traced sample without a seed is one op that draws its own noise; elsewhere the compiler fuses the
@@ -115,7 +114,11 @@ def sample(
         _checks.gaussian(mu, logvar)
         of_prior = _checks.prior(prior, mu)
     first, second, dim = (mu, logvar, None) if packed is None else (packed[0], None, packed[1])
-    if _backend.needs_reference() or type(first) not in _PLAIN or any(type(t) not in _PLAIN for t in of_prior):
+    if (
+        _backend.needs_reference()
+        or type(first) not in _backend.PLAIN
+        or any(type(t) not in _backend.PLAIN for t in of_prior)
+    ):
         _checks.gaussian(mu, logvar)
         bounds = _checks.logvar_clamp(logvar_clamp)
         return _traced(mu, logvar, of_prior, generator, seed, offset, bounds, noise, with_kl=with_kl)
@@ -180,7 +183,7 @@ def _traced(
 
 def philox(shape: torch.Size, seed: int | Tensor, offset: int, dtype: torch.dtype, like: Tensor) -> Tensor:
     """The noise of seeded sampling itself, on the device of `like`."""
-    if _backend.needs_reference() or type(like) not in _PLAIN:
+    if _backend.needs_reference() or type(like) not in _backend.PLAIN:
         return _library.philox_normal(shape, seed, offset, dtype, like.device)
     backend = _backend.backend_module(like, "philox")
     normals: Tensor = backend.philox_normal(shape, seed, offset, dtype, like.device)

@@ -8,7 +8,6 @@ from operator import itemgetter
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from fastvae_kernels.types import (
@@ -177,7 +176,7 @@ def plan(
         and tensors.recon.requires_grad
         and _checks.one_pass_is_right(tensors, numbers, options)
     )
-    plain = all(meta.kind is Tensor or meta.kind is torch.nn.Parameter for meta in given)
+    plain = all(meta.kind in _backend.PLAIN for meta in given)
     # no kernel computes the gradient of a map of weights
     plain = plain and not (tensors.weight_map is not None and tensors.weight_map.requires_grad)
     backend = _backend.load_backend(_backend.backend_of(like), "elbo") if plain else None

@@ -40,7 +40,7 @@ def _plan(choice: str, options: CountOptions, metas: CountTensors, grad_enabled:
     wanted = CountGrads(
         *(grad_enabled and getattr(metas, f) is not None and getattr(metas, f).requires_grad for f in _DIFFERENTIABLE)
     )
-    plain = all(meta.kind is Tensor or meta.kind is torch.nn.Parameter for meta in given)
+    plain = all(meta.kind in _backend.PLAIN for meta in given)
     name = _backend.backend_of(metas.logits)
     # the fallback looks at values to decide what to compute, which costs nothing on a CPU alone
     served = name == "triton" or metas.logits.device.type == "cpu"

@@ -149,6 +149,48 @@ def channels_at(
 
 
 @triton.jit
+def load_affine(affine, statistics, channels, groups, inside, DTYPE: tl.constexpr):
+    """(weight, bias, mean, rstd) of a tile."""
+    weight = of_channels(affine[0], channels, inside, 1.0, DTYPE)
+    bias = of_channels(affine[1], channels, inside, 0.0, DTYPE)
+    return weight, bias, load(statistics[0] + groups, inside, DTYPE), load(statistics[1] + groups, inside, DTYPE)
+
+
+@triton.jit
+def sums_at(
+    sample,
+    pixel_range,
+    first_row,
+    first_col,
+    n_rows,
+    n_cols,
+    n_row_tiles,
+    n_col_tiles,
+    LAST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """(offsets, mask) of a program's sums over its pixels, in the order that `partial_at` reads."""
+    if LAST:
+        channels = first_col + tl.arange(0, COLS)[None, :]
+        to, inside = (sample * n_row_tiles + pixel_range) * n_cols + channels, channels < n_cols
+    else:
+        rows = first_row + tl.arange(0, ROWS)[:, None]
+        to, inside = rows * n_col_tiles + pixel_range, rows < n_rows
+    return to, inside
+
+
+@triton.jit
+def partial_at(sample, channels, ranges, n_channels, n_ranges, LAST: tl.constexpr):
+    """Offsets in [samples, ranges, channels] if LAST, else in [samples, channels, ranges]."""
+    return (
+        (sample * n_ranges + ranges) * n_channels + channels
+        if LAST
+        else (sample * n_channels + channels) * n_ranges + ranges
+    )
+
+
+@triton.jit
 def activate(u, SILU: tl.constexpr):
     return u * tl.sigmoid(u) if SILU else u
 

@@ -10,7 +10,17 @@ With n = (x - mean) * rstd and du, the gradient by SiLU's input:
 import triton
 import triton.language as tl
 
-from ._group_norm import channels_at, group_at, of_channels, origin, step_at, through_silu
+from ._group_norm import (
+    channels_at,
+    group_at,
+    load_affine,
+    of_channels,
+    origin,
+    partial_at,
+    step_at,
+    sums_at,
+    through_silu,
+)
 from ._tile import load
 
 
@@ -39,9 +49,7 @@ def sums_kernel(
     channels, groups, inside = channels_at(
         sample, first_row, first_col, n_rows, n_cols, n_channels, n_groups, LAST, WHOLE, ROWS, COLS
     )
-    weight = of_channels(affine[0], channels, inside, 1.0, DTYPE)
-    bias = of_channels(affine[1], channels, inside, 0.0, DTYPE)
-    mean, rstd = load(statistics[0] + groups, inside, DTYPE), load(statistics[1] + groups, inside, DTYPE)
+    weight, bias, mean, rstd = load_affine(affine, statistics, channels, groups, inside, DTYPE)
     products = tl.zeros([ROWS, COLS], DTYPE)
     sums = tl.zeros([ROWS, COLS], DTYPE)
     for step in tl.static_range(STEPS):
@@ -52,12 +60,9 @@ def sums_kernel(
         products += du * n if WHOLE else tl.where(mask, du * n, 0.0)
         sums += du if WHOLE else tl.where(mask, du, 0.0)
     axis: tl.constexpr = 0 if LAST else 1
-    if LAST:
-        channels = first_col + tl.arange(0, COLS)[None, :]
-        to, inside = (sample * n_row_tiles + pixel_range) * n_cols + channels, channels < n_cols
-    else:
-        rows = first_row + tl.arange(0, ROWS)[:, None]
-        to, inside = rows * n_col_tiles + pixel_range, rows < n_rows
+    to, inside = sums_at(
+        sample, pixel_range, first_row, first_col, n_rows, n_cols, n_row_tiles, n_col_tiles, LAST, ROWS, COLS
+    )
     tl.store(partials[0] + to, tl.sum(products, axis=axis, keep_dims=True), mask=inside)
     tl.store(partials[1] + to, tl.sum(sums, axis=axis, keep_dims=True), mask=inside)
 
@@ -88,10 +93,7 @@ def merge_sums_kernel(
         for first in range(0, n_ranges, RANGES):
             ranges = first + tl.arange(0, RANGES)[None, :].to(tl.int64)
             mask = (channel < size) & (ranges < n_ranges)
-            if LAST:
-                at = (sample * n_ranges + ranges) * n_channels + channels
-            else:
-                at = (sample * n_channels + channels) * n_ranges + ranges
+            at = partial_at(sample, channels, ranges, n_channels, n_ranges, LAST)
             sums += load(partials[i] + at, mask, tl.float64)
         of_channel = tl.sum(sums, axis=1, keep_dims=True)
         dtype = group_means[i].dtype.element_ty
@@ -126,9 +128,7 @@ def dx_kernel(
     channels, groups, inside = channels_at(
         sample, first_row, first_col, n_rows, n_cols, n_channels, n_groups, LAST, WHOLE, ROWS, COLS
     )
-    weight = of_channels(affine[0], channels, inside, 1.0, DTYPE)
-    bias = of_channels(affine[1], channels, inside, 0.0, DTYPE)
-    mean, rstd = load(statistics[0] + groups, inside, DTYPE), load(statistics[1] + groups, inside, DTYPE)
+    weight, bias, mean, rstd = load_affine(affine, statistics, channels, groups, inside, DTYPE)
     product_mean = load(group_means[0] + groups, inside, DTYPE)
     sum_mean = load(group_means[1] + groups, inside, DTYPE)
     for step in range(STEPS):

@@ -8,7 +8,17 @@ large. Ranges are merged in float64.
 import triton
 import triton.language as tl
 
-from ._group_norm import activate, channels_at, group_at, of_channels, origin, step_at
+from ._group_norm import (
+    activate,
+    channels_at,
+    group_at,
+    load_affine,
+    of_channels,
+    origin,
+    partial_at,
+    step_at,
+    sums_at,
+)
 from ._tile import load, unpack_f64
 
 
@@ -58,23 +68,11 @@ def moments_kernel(
     count = tl.minimum(pixels, (ROWS if LAST else COLS) * STEPS).to(DTYPE)
     total = tl.sum(sums, axis=axis, keep_dims=True)
     offset = total / count
-    if LAST:
-        channels = first_col + tl.arange(0, COLS)[None, :]
-        to, inside = (sample * n_row_tiles + pixel_range) * n_cols + channels, channels < n_cols
-    else:
-        rows = first_row + tl.arange(0, ROWS)[:, None]
-        to, inside = rows * n_col_tiles + pixel_range, rows < n_rows
+    to, inside = sums_at(
+        sample, pixel_range, first_row, first_col, n_rows, n_cols, n_row_tiles, n_col_tiles, LAST, ROWS, COLS
+    )
     tl.store(means_ptr + to, shift + offset, mask=inside)
     tl.store(squares_ptr + to, tl.sum(squares, axis=axis, keep_dims=True) - total * offset, mask=inside)
-
-
-@triton.jit
-def _partial_at(sample, channels, ranges, n_channels, n_ranges, LAST: tl.constexpr):
-    return (
-        (sample * n_ranges + ranges) * n_channels + channels
-        if LAST
-        else (sample * n_channels + channels) * n_ranges + ranges
-    )
 
 
 @triton.jit(do_not_specialize=["eps"])
@@ -103,7 +101,7 @@ def merge_moments_kernel(
         ranges = first + tl.arange(0, RANGES)[None, :].to(tl.int64)
         mask = (channel < size) & (ranges < n_ranges)
         count = tl.minimum(n_pixels - ranges * range_pixels, range_pixels).to(tl.float64)
-        at = _partial_at(pid // n_groups, channels, ranges, n_channels, n_ranges, LAST)
+        at = partial_at(pid // n_groups, channels, ranges, n_channels, n_ranges, LAST)
         sums += tl.where(mask, load(means_ptr + at, mask, tl.float64) * count, 0.0)
     mean = tl.sum(tl.sum(sums, axis=1), axis=0) / elements
     squares = tl.zeros([CHANNELS, RANGES], tl.float64)
@@ -111,7 +109,7 @@ def merge_moments_kernel(
         ranges = first + tl.arange(0, RANGES)[None, :].to(tl.int64)
         mask = (channel < size) & (ranges < n_ranges)
         count = tl.minimum(n_pixels - ranges * range_pixels, range_pixels).to(tl.float64)
-        at = _partial_at(pid // n_groups, channels, ranges, n_channels, n_ranges, LAST)
+        at = partial_at(pid // n_groups, channels, ranges, n_channels, n_ranges, LAST)
         gap = load(means_ptr + at, mask, tl.float64) - mean
         squares += tl.where(mask, load(squares_ptr + at, mask, tl.float64) + count * gap * gap, 0.0)
     variance = tl.sum(tl.sum(squares, axis=1), axis=0) / elements
@@ -144,9 +142,7 @@ def apply_kernel(
     channels, groups, inside = channels_at(
         sample, first_row, first_col, n_rows, n_cols, n_channels, n_groups, LAST, WHOLE, ROWS, COLS
     )
-    weight = of_channels(affine[0], channels, inside, 1.0, DTYPE)
-    bias = of_channels(affine[1], channels, inside, 0.0, DTYPE)
-    mean, rstd = load(statistics[0] + groups, inside, DTYPE), load(statistics[1] + groups, inside, DTYPE)
+    weight, bias, mean, rstd = load_affine(affine, statistics, channels, groups, inside, DTYPE)
     for step in range(STEPS):
         offsets, mask = step_at(step, sample, first_row, first_col, n_rows, n_cols, LAST, WHOLE, ROWS, COLS)
         u = (load(x_ptr + offsets, mask, DTYPE) - mean) * (rstd * weight) + bias
